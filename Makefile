@@ -1,0 +1,57 @@
+# Two commands on a fresh machine with Python 3.11 and make: `make demo` and `make test`.
+# Another interpreter (3.11 or 3.12): make demo PYTHON=/path/to/python3.12. Arguments for pytest: make test-unit ARGS="-k index"
+PYTHON ?= python3.11
+ARGS ?=
+
+VENV := .venv
+# The environment is renewed when one of these changes: the stamp's name is their hash.
+MADE_FROM := pyproject.toml packaging/make-venv packaging/constraints-cpu.txt packaging/fbgemm-gpu-stub/pyproject.toml
+STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
+# The `timeout` ends a test whose workers wait for each other for ever.
+PYTEST := $(VENV)/bin/python -m pytest --timeout 600 --durations 10
+
+.PHONY: help venv demo smoke test test-unit test-two-process test-end-to-end test-real-logs lint clean
+
+help:
+	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
+	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
+	@echo "make test              unit, two-process and end-to-end tests; each also: test-unit, test-two-process, test-end-to-end"
+	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
+	@echo "make lint              ruff and yamllint"
+	@echo "make clean             remove runs/ and caches; .venv stays"
+
+venv: $(STAMP)
+
+$(STAMP):
+	@MAKE_GOAL="$(firstword $(MAKECMDGOALS))" packaging/make-venv "$(PYTHON)" "$(STAMP)"
+
+demo: $(STAMP)
+	$(VENV)/bin/watchtower run configs/demo.yaml run_dir=runs/demo
+
+# From nothing every time: a run that is already there would only be looked at.
+smoke: $(STAMP)
+	rm -rf runs/smoke
+	$(VENV)/bin/watchtower run configs/smoke.yaml run_dir=runs/smoke
+
+test: $(STAMP)
+	$(PYTEST) tests/unit tests/two_process tests/end_to_end $(ARGS)
+
+test-unit: $(STAMP)
+	$(PYTEST) tests/unit $(ARGS)
+
+test-two-process: $(STAMP)
+	$(PYTEST) tests/two_process $(ARGS)
+
+test-end-to-end: $(STAMP)
+	$(PYTEST) tests/end_to_end $(ARGS)
+
+test-real-logs: $(STAMP)
+	$(PYTEST) tests/real_logs $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/yamllint --strict configs
+
+clean:
+	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

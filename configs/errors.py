@@ -1,0 +1,23 @@
+"""The errors that end a run with a message instead of a traceback.
+
+The command line maps each class to its exit code: 1 failed, 2 the input or the config is wrong, 3 a quality gate fell
+short. A message names the file, field or row and says what to do about it.
+"""
+
+
+class WatchtowerError(Exception):
+    """A run could not go on; the message is for the person who started it."""
+
+    exit_code = 1
+
+
+class InputError(WatchtowerError):
+    """The input or the config is wrong. The message names the file, field or row and the fix."""
+
+    exit_code = 2
+
+
+class QualityGateError(WatchtowerError):
+    """A measured quality fell below the threshold that the config sets."""
+
+    exit_code = 3

@@ -1,0 +1,305 @@
+"""The typed schema of a run: every key, its unit, its default and its limits.
+
+A run is one complete named config. Words are those of docs/architecture.md. `None` is off; there is no magic -1 or 0.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values are checked when they are set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ViewRule(Section):
+    """Which rows count: at least `min_watch_s` seconds (or the whole video), or a flag column of the log."""
+
+    min_watch_s: PositiveFloat | None = Field(None, description="seconds; a view this long, or the whole video, counts")
+    column: str | None = Field(None, description="name of a boolean column of the log; true counts")
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if (self.min_watch_s is None) == (self.column is None):
+            raise ValueError("give exactly one of min_watch_s (seconds) and column (a flag of the log), the other null")
+        return self
+
+
+class SynthConfig(Section):
+    """The synthetic world that stands in where no logs are named (docs/synthetic-world.md has the model)."""
+
+    users: Positive = Field(2000, description="number of users")
+    items: Positive = Field(2000, description="number of items in the catalogue")
+    views_per_user: PositiveFloat = Field(40.0, description="mean number of views a user has over all days")
+    days: Positive = Field(14, description="length of the log, days")
+    seed: Seed = Field(0, description="seed of the world; the same seed gives the same rows")
+    user_item_affinity: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="how much the watch time depends on the pair of user and item; 0: on each alone")
+    watch_persistence: Share = Field(0.15, description="how persistent a user's watch time is from view to view")
+    watch_time: Literal["natural", "independent", "permuted"] = Field(
+        "natural", description="independent, permuted: null worlds, where watch time says nothing of the item")
+
+
+class DataConfig(Section):
+    logs: str | None = Field(None, description="Parquet file or folder of logs; overrides synth")
+    items: str | None = Field(None, description="Parquet file or folder of the catalogue")
+    users: str | None = Field(None, description="Parquet file or folder of user features")
+    format: Literal["parquet", "kuairand_csv"] = Field("parquet", description="layout of logs, items and users")
+    synth: SynthConfig | None = Field(default_factory=SynthConfig, description="the synthetic world, when logs is null")
+    columns: dict[str, str] = Field(default_factory=dict, description="our log column: the name it has in the files")
+    item_columns: dict[str, str] = Field(default_factory=dict, description="our item column: its name in the files")
+    user_columns: dict[str, str] = Field(default_factory=dict, description="our user column: its name in the files")
+    effective_view: ViewRule = Field(default_factory=lambda: ViewRule(min_watch_s=3.0),
+                                     description="which rows are effective views")
+    target: ViewRule | None = Field(None, description="which rows CRM predicts; null: the effective views")
+    feedback: list[str] = Field(default_factory=list, description="feedback columns of the log that are kept")
+    session: str | None = Field(None, description="name of the log's session column")
+    ordinal_time: str | None = Field(None, description="flag column: rows whose times only order (no clock, no gap)")
+    utc_offset_h: Annotated[float, Field(ge=-14, le=14)] = Field(0.0, description="hours; where a day begins")
+    max_watch_s: PositiveFloat = Field(86_400.0, description="seconds; a longer watch time is a bad row")
+    max_bad_share: Share = Field(0.01, description="share of quarantined rows that stops the run")
+    missing_items: Literal["quarantine", "keep"] = Field(
+        "quarantine", description="rows whose item the catalogue lacks: set aside, or kept on the unknown row")
+    item_categories: list[str] = Field(default_factory=list, description="categorical columns of the catalogue")
+    user_categories: list[str] = Field(default_factory=list, description="categorical columns of the users table")
+    shards: Positive | None = Field(None, description="sequence shards; null: one per 2 million rows, at least 8")
+
+
+class TestUsers(Section):
+    share: Share = Field(0.1, description="share of users held out")
+    seed: Seed = Field(0, description="seed of the hash that picks them")
+
+
+class SplitConfig(Section):
+    """Days are cut at `data.utc_offset_h`. Training is all before `validation_start`."""
+
+    validation_start: date | None = Field(None, description="first validation day; null: counted back from the end")
+    test_start: date | None = Field(None, description="first test day; null: counted back from the end")
+    test_end: date | None = Field(None, description="first day after the test; null: the end of the log")
+    validation_days: PositiveFloat = Field(1.0, description="days, where validation_start is null")
+    test_days: PositiveFloat = Field(1.0, description="days, where test_start is null")
+    test_users: str | TestUsers | None = Field(
+        None, description="Parquet file of user_id, or a share and a seed: only they are evaluated, never trained on")
+
+    @model_validator(mode="after")
+    def _days_in_order(self):
+        named = [(n, getattr(self, n)) for n in ("validation_start", "test_start", "test_end") if getattr(self, n)]
+        for (earlier, first), (later, second) in zip(named, named[1:], strict=False):
+            if first >= second:
+                raise ValueError(f"{earlier} ({first}) must be a day before {later} ({second})")
+        return self
+
+
+class TableConfig(Section):
+    dim: Positive = Field(64, description="width of an embedding row, floats")
+    sharding: Literal["auto", "table_wise", "row_wise"] = Field("auto", description="how TorchRec places the tables")
+    optimizer: Literal["rowwise_adagrad", "sgd"] = Field("rowwise_adagrad", description="the fused optimizer")
+    learning_rate: PositiveFloat = Field(0.1, description="of the fused optimizer")
+    init_std: PositiveFloat = Field(0.05, description="standard deviation of a row's first values")
+
+
+class ConditionConfig(Section):
+    buckets: Positive = Field(100, description="log-spaced buckets of watch time (log1p)")
+    max_s: PositiveFloat = Field(3000.0, description="seconds; the upper end of the buckets")
+    dropout: Share = Field(0.15, description="share of training conditions dropped to the unknown bucket")
+
+
+class ModelConfig(Section):
+    """One tower to train. `condition: none` is the ablation every result is held against."""
+
+    name: str = Field(description="name in run folders and metrics.json")
+    tower: Literal["dnn", "decision_transformer"] = Field(description="the user tower")
+    condition: Literal["next", "to_go", "prefix", "none"] = Field("next", description="what W_i is")
+    loss_positions: Literal["all", "last"] = Field("all", description="positions of a window that the loss is taken at")
+    permute_watch: bool = Field(False, description="train with watch times permuted among views (a null control)")
+    bayes: bool = Field(False, description="also publish and judge this tower with the Bayes term in its index")
+    epochs: Positive | None = Field(None, description="epochs of this model; null: train.epochs")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "_-" for c in value):
+            raise ValueError("a model's name has letters, digits, _ and - alone: it names folders and metrics")
+        return value
+
+
+class TowerConfig(Section):
+    dim: Positive = Field(64, description="width of user and item vectors, floats")
+    history: Positive = Field(32, description="past views a user vector sees")
+    layers: Positive = Field(2, description="transformer layers")
+    heads: Positive = Field(2, description="attention heads")
+    hidden: Positive = Field(256, description="width of the hidden layers of the MLPs")
+    dropout: Share = Field(0.1, description="dropout in both towers")
+    id_dropout: Share = Field(0.0, description="share of item ids hidden in training, so that features must serve")
+    clock: bool = Field(True, description="hour of day and gap since the last view as features of the request")
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.dim % self.heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class CrmConfig(Section):
+    models: list[ModelConfig] = Field(
+        default_factory=lambda: [ModelConfig(name="dnn", tower="dnn"),
+                                 ModelConfig(name="dnn_unconditioned", tower="dnn", condition="none", bayes=True)],
+        min_length=1, description="the towers to train, each over every seed")
+    publish: str | None = Field(None, description="name of the model that serves; null: the first of models")
+    tower: TowerConfig = Field(default_factory=TowerConfig, description="sizes shared by all towers")
+    tables: TableConfig = Field(default_factory=TableConfig, description="embedding tables")
+    condition: ConditionConfig = Field(default_factory=ConditionConfig, description="how a watch time is encoded")
+    similarity: Literal["dot", "cosine"] = Field("dot", description="score of a user and an item vector")
+    temperature: PositiveFloat = Field(1.0, description="tau of the similarity")
+    log_q: bool = Field(True, description="logQ correction of the in-batch softmax")
+    item_bias: bool = Field(True, description="a learned item bias, started at log q")
+
+    @model_validator(mode="after")
+    def _names(self):
+        names = [m.name for m in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("two models have the same name")
+        if self.publish is not None and self.publish not in names:
+            raise ValueError(f"publish names no model; there are {', '.join(names)}")
+        return self
+
+    @property
+    def published(self) -> str:
+        return self.publish or self.models[0].name
+
+
+class TrainConfig(Section):
+    workers: Positive = Field(2, description="Ray Train workers (processes)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the towers and tables live")
+    threads_per_worker: Positive | None = Field(None, description="CPU threads a worker; null: cores / workers")
+    epochs: Positive = Field(4, description="passes over each time slice")
+    slices: Literal["daily"] | Literal[1] = Field(1, description="1: the whole period at once; daily: day by day")
+    batch_rows: Positive = Field(64, description="windows in a global batch (all workers together)")
+    stride: Positive | None = Field(None, description="events between two windows of one user; null: half a window")
+    cuts_per_user: Positive = Field(4, description="windows drawn a user and epoch, where the loss is at the last")
+    min_history: Annotated[int, Field(ge=0)] = Field(0, description="past views a target needs")
+    learning_rate: PositiveFloat = Field(1e-3, description="of the towers (AdamW)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of the towers (AdamW)")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the towers")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
+    decay: Literal["none", "cosine", "linear"] = Field("cosine", description="learning rate after warm-up")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on the CPU")
+    gradient_clip_norm: PositiveFloat | None = Field(1.0, description="norm that tower gradients are clipped to")
+    checkpoint_every_steps: Positive | None = Field(500, description="steps between checkpoints; null: epochs only")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept beside the best")
+    patience: Positive | None = Field(None, description="epochs without a better validation that end a model")
+    shuffle_shards: Positive = Field(8, description="shards held open and shuffled together")
+    prefetch: Annotated[int, Field(ge=0)] = Field(2, description="batches prepared ahead, on a thread")
+    log_every_steps: Positive = Field(20, description="steps between two log lines")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="times a lost worker group is restarted")
+    timeout_s: PositiveFloat = Field(600.0, description="seconds a collective may take before it fails")
+
+    @model_validator(mode="after")
+    def _batch_divides(self):
+        if self.batch_rows % self.workers:
+            below = self.batch_rows // self.workers * self.workers
+            near = " or ".join(str(n) for n in (below, below + self.workers) if n)
+            raise ValueError(f"batch_rows ({self.batch_rows}) must be a multiple of workers ({self.workers}), "
+                             f"so that every worker has as many rows: {near}")
+        return self
+
+
+class IndexConfig(Section):
+    factory: Text = Field("Flat", description="FAISS factory string")
+    search: dict[str, float] = Field(default_factory=dict, description="FAISS search parameters: nprobe, efSearch, ..")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the index is built")
+    threads: Positive | None = Field(None, description="FAISS threads; null: the worker's own")
+    min_recall: Share = Field(0.95, description="gate: recall@100 against exact search, else not published")
+    recall_queries: Positive = Field(200, description="queries the recall is measured on")
+
+
+class EvaluateConfig(Section):
+    at: list[Positive] = Field(default_factory=lambda: [10, 50, 100, 500], min_length=1,
+                               description="list lengths K of recall, NDCG and hit rate")
+    queries: Positive | None = Field(5000, description="test views sampled; null: all")
+    curve_queries: Positive = Field(1500, description="of these, the ones control curves are drawn from")
+    validation_queries: Positive | None = Field(2000, description="validation views sampled; null: all")
+    future: Positive = Field(1, description="next target views that count as relevant to a query")
+    strategies: list[Literal["null", "average", "maximum", "multiplexed", "fixed", "oracle"]] = Field(
+        default_factory=lambda: ["null", "average", "maximum", "multiplexed", "fixed", "oracle"],
+        description="how the condition is chosen at inference (CRM, section 3.2)")
+    fixed_s: list[PositiveFloat] = Field(default_factory=lambda: [60.0], description="seconds, of strategy fixed")
+    multiplexed_p: Share = Field(0.5, description="share of requests that multiplexing gives the maximum")
+    multiplexed_n: Positive = Field(32, description="latest watch times that multiplexing looks at")
+    curve_s: list[PositiveFloat] = Field(default_factory=lambda: [10.0, 30.0, 60.0, 120.0, 300.0],
+                                         description="seconds; conditions of the control curve")
+    lift_edges_s: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: [0.0, 7.0, 17.0, 42.0, 85.0, 190.0], description="seconds; buckets of the lift")
+    bayes_edges_s: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: [0, 4, 6, 9, 14, 20, 30, 45, 65, 90, 130, 200],
+        description="seconds; lower edges of the Bayes term's watch buckets")
+    bayes_prior_views: PositiveFloat = Field(20.0, description="views of the duration bin as prior of the Bayes term")
+    watch_prior_views: PositiveFloat = Field(10.0, description="views of the duration bin an item's mean is shrunk by")
+    bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
+    seed: Seed = Field(0, description="seed of the sampled queries and the bootstrap")
+    split_users: bool = Field(False, description="bootstrap over users (true) or over queries")
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _null_is_a_name(cls, value):
+        """YAML reads the strategy `null` as nothing."""
+        return ["null" if v is None else v for v in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _rising(self):
+        for name in ("curve_s", "lift_edges_s", "bayes_edges_s"):
+            values = getattr(self, name)
+            if any(a >= b for a, b in zip(values, values[1:], strict=False)):
+                raise ValueError(f"{name} must rise, each value above the one before: {values}")
+        return self
+
+
+class GatesConfig(Section):
+    """Thresholds that end a run with exit code 3. Keys are paths in metrics.json, values the least mean allowed."""
+
+    at_least: dict[str, float] = Field(default_factory=dict, description="metric path: least value")
+
+
+class RayConfig(Section):
+    address: str | None = Field(None, description="a running cluster; null: RAY_ADDRESS, else a local one")
+    cpus: PositiveFloat | None = Field(None, description="CPUs a local Ray is told of; null: enough for all workers")
+    ingest_tasks: Positive | None = Field(None, description="ingest tasks at once; null: the cores")
+
+
+class Config(Section):
+    name: str = Field("watchtower", description="name of the run, in reports")
+    run_dir: Text = Field("runs/watchtower", description="the run folder")
+    seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, description="seeds each model is trained with")
+    stages: list[Literal["ingest", "crm", "evaluate", "report"]] = Field(
+        default_factory=lambda: ["ingest", "crm", "evaluate", "report"], min_length=1,
+        description="stages asked for; what they need and is not there yet runs before them")
+    data: DataConfig = Field(default_factory=DataConfig, description="logs, catalogue, users")
+    split: SplitConfig = Field(default_factory=SplitConfig, description="training, validation and test")
+    crm: CrmConfig = Field(default_factory=CrmConfig, description="the towers")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the training loop")
+    index: IndexConfig = Field(default_factory=IndexConfig, description="the index rebuilt after every epoch")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="what is measured")
+    gates: GatesConfig = Field(default_factory=GatesConfig, description="quality gates")
+    ray: RayConfig = Field(default_factory=RayConfig, description="the cluster")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("a seed stands there twice")
+        return value
+
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, BaseModel)]

@@ -1,0 +1,1 @@
+"""Tables sharded over workers, nearest-neighbour indexes and their published snapshots."""

@@ -1,0 +1,350 @@
+"""Published folders: they appear at once and whole, and can be checked afterwards.
+
+A snapshot is a folder of files and a `manifest.json` with the size and SHA-256 of each. It is written into a hidden
+folder beside its place, flushed to disk and renamed, so a reader sees all of it or nothing. Folders of one kind lie
+beside each other under the names `<watermark_ms>` or `<watermark_ms>-<step>`:
+
+    channels/swing/1650067200000/          neighbors.parquet  manifest.json
+    channels/swing/.1650153600000.attempt-3f9c..e1.tmp/       being written, or left by a writer that died
+
+The watermark is the end of what a snapshot has seen: every event before it, none at or after it (Unix ms).
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError, WatchtowerError
+
+MANIFEST = "manifest.json"
+
+_SNAPSHOT_NAME = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+_ATTEMPT_FOLDER = re.compile(r"\..+\.attempt-[0-9a-f]{32}\.tmp", re.ASCII)
+# Where a file system has no locks, only a folder that nobody touched for this long counts as dead.
+_UNLOCKABLE_DEAD_AFTER_S = 24 * 3600.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published snapshot.
+
+    Attributes:
+        watermark_ms: every event before it was seen, none at or after it; Unix ms.
+        step: training step it was taken at; None where the name has none.
+        path: its folder.
+    """
+
+    watermark_ms: int
+    step: int | None
+    path: Path
+
+    @property
+    def age_order(self) -> tuple[int, bool, int]:
+        """Sorts by watermark, then step; without a step first."""
+        return self.watermark_ms, self.step is not None, self.step or 0
+
+
+def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, Any], *, replace: bool = False) -> Path:
+    """Let `write` fill a folder and make it appear as `target`, all at once.
+
+    A target that is there already, whole and with the same manifest (its `files` aside), is kept and `write` is not
+    called. With `replace` it is written anew and swapped; a reader then has the old or the new one, and one that
+    opens files by path while they are swapped notices in `verify`. What dead writers left beside the target is
+    removed; what living ones are writing, in any process, is not.
+
+    Args:
+        target: the folder to appear; its parents are made.
+        write: fills the empty folder it is given; plain files, in folders or not, no links.
+        manifest: JSON values (no NaN), without the key `files`, which is added: {name: {sha256, bytes}}.
+        replace: swap a target that is there.
+
+    Returns:
+        The target.
+
+    Raises:
+        InputError: a manifest that is not JSON or holds `files`.
+        WatchtowerError: the disk is full, or the target is there with another manifest, or damaged, and `replace` is
+            not set.
+        Exception: whatever `write` raises. In every case nothing half-written is left.
+    """
+    target = Path(target)
+    manifest = _as_json(target, manifest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_dead_attempts(target.parent)
+    if target.exists() and not replace and _is_same(target, manifest):
+        return target
+    attempt, lock = _open_attempt(target)
+    try:
+        write(attempt)
+        _seal(attempt, manifest)
+        _put_in_place(attempt, target, manifest, replace)
+        _flush(target.parent)
+    except Exception as error:
+        if _says_disk_full(error):
+            raise WatchtowerError(f"{target}: the disk is full; nothing was published, make room and run again") from (
+                error
+            )
+        raise
+    finally:
+        # After a rename there is nothing left of the attempt, after a swap it is the old target.
+        shutil.rmtree(attempt, ignore_errors=True)
+        os.close(lock)
+    return target
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a snapshot, its shape and file names checked, the files themselves not.
+
+    Raises:
+        WatchtowerError: it is missing or not readable.
+        InputError: a file name in it leads out of the folder.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise WatchtowerError(f"{path}: missing, so this is not a published snapshot") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise WatchtowerError(f"{path}: damaged ({error})") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise WatchtowerError(f"{path}: damaged (no list of files)")
+    for name, entry in files.items():
+        _check_name(path, name)
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("sha256"), str)
+            or type(entry.get("bytes")) is not int
+        ):
+            raise WatchtowerError(f"{path}: damaged (no sha256 and bytes for {name!r})")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every file of a snapshot against its manifest and return the manifest. Files it does not name are ignored.
+
+    Raises:
+        WatchtowerError: naming the first file that is missing, of another size or of another content.
+        InputError: a file name in the manifest, or a link, leads out of the folder.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    inside = folder.resolve()
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        try:
+            if not path.resolve().is_relative_to(inside):
+                raise InputError(f"{path}: a link that leads out of the snapshot")
+            if not path.is_file():
+                raise WatchtowerError(f"{path}: damaged snapshot, the file is missing")
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise WatchtowerError(f"{path}: damaged snapshot, {size} bytes instead of {entry['bytes']}")
+            if _sha256(path) != entry["sha256"]:
+                raise WatchtowerError(f"{path}: damaged snapshot, the content does not match its checksum")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise WatchtowerError(f"{folder}: damaged snapshot, {name!r} cannot be read ({error})") from error
+    return manifest
+
+
+def list_snapshots(parent: Path) -> list[Snapshot]:
+    """The published snapshots of a folder, oldest first; other folders, and ones without a manifest, are left out."""
+    parent = Path(parent)
+    if not parent.is_dir():
+        return []
+    found = []
+    for path in parent.iterdir():
+        match = _SNAPSHOT_NAME.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append(Snapshot(int(match[1]), None if match[2] is None else int(match[2]), path))
+    return sorted(found, key=lambda snapshot: snapshot.age_order)
+
+
+def newest(parent: Path) -> Path | None:
+    """The snapshot with the latest watermark, the latest step among equals; None where there is none."""
+    found = list_snapshots(parent)
+    return found[-1].path if found else None
+
+
+def as_of(parent: Path, time_ms: int, rollback_ms: int) -> Path | None:
+    """The newest snapshot with watermark <= time - rollback; None where there is none.
+
+    Args:
+        parent: folder of snapshots.
+        time_ms: time of the request, Unix ms.
+        rollback_ms: how much later than its watermark a snapshot is in use, ms; negative would look ahead.
+
+    Raises:
+        InputError: a negative rollback.
+    """
+    if rollback_ms < 0:
+        raise InputError(f"rollback of {rollback_ms} ms is negative: a request would see its own future")
+    seen = [snapshot for snapshot in list_snapshots(parent) if snapshot.watermark_ms <= time_ms - rollback_ms]
+    return seen[-1].path if seen else None
+
+
+def clean_dead_attempts(parent: Path) -> list[Path]:
+    """Remove what writers that died left half-written in `parent`; returns what was removed.
+
+    A writer holds a lock on its folder, which the system lets go when the process ends, however it ends.
+    """
+    removed = []
+    for path in sorted(Path(parent).iterdir()):
+        if _ATTEMPT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and _is_dead(path):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def _open_attempt(target: Path) -> tuple[Path, int]:
+    """A fresh folder beside the target, and the open lock on it."""
+    while True:
+        attempt = target.parent / f".{target.name}.attempt-{uuid.uuid4().hex}.tmp"
+        try:
+            attempt.mkdir()
+        except OSError as error:
+            if _says_disk_full(error):
+                raise WatchtowerError(f"{target}: the disk is full; nothing was published") from error
+            raise
+        try:
+            lock = os.open(attempt, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks on this file system; others then go by age
+        # Between mkdir and flock somebody who cleans may have taken the folder for dead.
+        if attempt.exists():
+            return attempt, lock
+        os.close(lock)
+
+
+def _is_dead(attempt: Path) -> bool:
+    try:
+        lock = os.open(attempt, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - attempt.stat().st_mtime > _UNLOCKABLE_DEAD_AFTER_S
+    finally:
+        os.close(lock)
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with every file's size and checksum, and flush all of it to disk."""
+    files = {}
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise WatchtowerError(f"{path}: a snapshot holds plain files only")
+        if path.is_dir():
+            folders.append(path)
+            continue
+        if name == MANIFEST:
+            raise WatchtowerError(f"{path}: the manifest is written by publish, not by the writer")
+        files[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        _flush(path)
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**manifest, "files": files}, indent=1, allow_nan=False) + "\n")
+    _flush(path)
+    for inner in reversed(folders):
+        _flush(inner)
+
+
+def _put_in_place(attempt: Path, target: Path, manifest: dict[str, Any], replace: bool) -> None:
+    if target.exists() and replace:
+        _swap(attempt, target)
+        return
+    try:
+        # os.rename puts a folder in the place of an empty one, and refuses a full one.
+        os.rename(attempt, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        if replace:
+            _swap(attempt, target)
+        else:
+            _is_same(target, manifest)  # another writer was faster; raises unless it published the same
+
+
+def _swap(attempt: Path, target: Path) -> None:
+    """Exchange two folders in one step where the system can, in two otherwise."""
+    if sys.platform == "linux":
+        at_fdcwd, exchange = -100, 2
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename and rename(at_fdcwd, os.fsencode(attempt), at_fdcwd, os.fsencode(target), exchange) == 0:
+            return
+    aside = target.parent / f".{target.name}.attempt-{uuid.uuid4().hex}.tmp"
+    os.rename(target, aside)
+    try:
+        os.rename(attempt, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_same(target: Path, manifest: dict[str, Any]) -> bool:
+    """True if the target is whole and carries this manifest; raises otherwise, never returns False."""
+    try:
+        existing = verify(target)
+    except WatchtowerError as error:
+        raise WatchtowerError(f"{error}; remove {target} or publish with replace") from error
+    existing.pop("files")
+    if existing != manifest:
+        differing = sorted(key for key in existing.keys() | manifest.keys() if existing.get(key) != manifest.get(key))
+        raise WatchtowerError(f"{target}: published already, with other values of {', '.join(differing)}")
+    return True
+
+
+def _as_json(target: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    if "files" in manifest:
+        raise InputError(f"{target}: `files` is not for the caller's manifest, publish fills it")
+    try:
+        return json.loads(json.dumps(dict(manifest), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{target}: the manifest is not JSON ({error})") from error
+
+
+def _check_name(manifest: Path, name: str) -> None:
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise InputError(f"{manifest}: the file name {name!r} leads out of the snapshot")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _says_disk_full(error: BaseException) -> bool:
+    # Libraries that write from C++ or Rust raise errors of their own, with the system's words in them.
+    return getattr(error, "errno", None) in _DISK_FULL or "No space left on device" in str(error)

@@ -1,0 +1,1 @@
+"""Processes: the command line, Ray jobs and the order of the stages."""

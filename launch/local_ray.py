@@ -1,0 +1,161 @@
+"""The Ray that a run works on: a running cluster where an address names one, else one of its own on this machine.
+
+    with start_ray(config) as cluster:
+        ...
+
+A local Ray is told of more CPUs than a small machine has, so that Ray Data and the index builder find one beside the
+training workers and never wait for ever. It gets a folder of its own under /tmp (its sockets need a short path, and a
+"current cluster" that a killed driver left behind must not catch us), no dashboard, and says nothing: workers speak
+through events.jsonl. The environment that workers need is set before Ray starts, which is faster than a runtime_env.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.schema import Config
+
+SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the index builder
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that runs. `address` is None for a local one; `seconds` is how long it took to start or to reach."""
+
+    address: str | None
+    cpus: float
+    gpus: float
+    nodes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        where = f"cluster at {self.address}, {self.nodes} nodes" if self.address else "local"
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        return f"Ray: {where}, {self.cpus:g} CPUs{gpus}, ready after {self.seconds:.1f} s"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()[:2]
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+def local_cpus(config: Config, cores: int | None = None) -> float:
+    """CPUs that a local Ray is told of: enough for every worker, Ray Data and an index builder at once."""
+    if config.ray.cpus is not None:
+        return config.ray.cpus
+    return max(usable_cores() if cores is None else cores, config.train.workers + SPARE_CPUS)
+
+
+def threads_per_worker(config: Config, cores: int | None = None) -> int:
+    """CPU threads of a training worker: what the config says, else the cores over the workers, at least 1."""
+    if config.train.threads_per_worker is not None:
+        return config.train.threads_per_worker
+    return max(1, (usable_cores() if cores is None else cores) // config.train.workers)
+
+
+def worker_environment(config: Config, *, local: bool) -> dict[str, str]:
+    """The variables that Ray's processes need; a variable that the user set stays as it is."""
+    found = {
+        "OMP_NUM_THREADS": str(threads_per_worker(config)),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default, 2 s, delays every report of a checkpoint
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.train.device == "cpu" or (config.train.device == "auto" and not _has_nvidia()):
+        found["DS_ACCELERATOR"] = "cpu"
+    if local:
+        found |= {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "lo", "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1"}
+    return {name: os.environ.get(name, value) for name, value in found.items()}
+
+
+def _has_nvidia() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists()
+
+
+def object_store_bytes() -> int:
+    """Room for Ray's shared objects: a tenth of the memory, 512 MiB to 8 GiB, and no more than /dev/shm can give."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        memory = min(memory, int(limit)) if limit != "max" else memory
+    wanted = min(max(memory // 10, 512 * MIB), 8192 * MIB)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage("/dev/shm").free
+        if free >= 128 * MIB:  # below that Ray takes /tmp instead, as large as we like
+            wanted = min(wanted, int(free * 0.9))
+    return wanted
+
+
+@contextlib.contextmanager
+def start_ray(config: Config) -> Iterator[Cluster]:
+    """Connect to the cluster that `ray.address` or RAY_ADDRESS names, or run a local Ray until the block ends.
+
+    Raises:
+        WatchtowerError: the cluster cannot be reached, or a local Ray does not start.
+    """
+    address = config.ray.address or os.environ.get("RAY_ADDRESS") or None
+    if address == "local":
+        address = None
+    begin = time.perf_counter()
+    variables = worker_environment(config, local=address is None)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    folder = None
+    try:
+        import ray
+
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        try:
+            if address is not None:
+                ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+            else:
+                folder = Path(tempfile.mkdtemp(prefix="wt-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+                ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, _temp_dir=str(folder),
+                         object_store_memory=object_store_bytes(), **quiet)
+        except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+            if address is not None:
+                raise WatchtowerError(
+                    f"ray.address: no Ray cluster can be reached at {address} ({_first_line(error)}); start one there, "
+                    "or leave ray.address and RAY_ADDRESS out for a local one") from error
+            raise WatchtowerError(f"a local Ray did not start ({_first_line(error)}); its logs: {folder}") from error
+        keep_logs = False
+        try:
+            total = ray.cluster_resources()
+            nodes = sum(1 for node in ray.nodes() if node["Alive"])
+            yield Cluster(address, total.get("CPU", 0.0), total.get("GPU", 0.0), nodes, time.perf_counter() - begin)
+        except Exception as error:
+            keep_logs = not isinstance(error, (InputError, QualityGateError))
+            if keep_logs and folder is not None:
+                error.add_note(f"Ray's own logs: {folder}")
+            raise
+        finally:
+            ray.shutdown()
+            if folder is not None and not keep_logs:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+

@@ -1,0 +1,464 @@
+"""The order of the stages, and which of them are already done for the same inputs.
+
+    ingest ─ crm ─ evaluate ─ report
+
+A stage's inputs are the config sections that can change its result, the files that it reads, and the inputs of the
+stages before it, hashed. When it is done, `stages/<stage>.json` in the run folder says for which inputs; as long as
+they are the same and what it wrote is there, it is not done again. How a run is done (workers, threads, logging) is
+no input. A stage that is asked for runs after those that it needs and that are not done yet, and nothing else runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
+from configs.schema import Config
+from launch.run_folder import locked, make_run_folder
+from trainer.events import EventLog, follow, seconds_text
+
+# Keys that say how a run is done; with other values the results are the same up to rounding.
+HOW_TRAINED = {"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints", "prefetch",
+               "log_every_steps", "max_restarts", "timeout_s"}
+HOW_INDEXED = {"device", "threads"}
+# Keys of `evaluate` that decide about the best epoch or go into a published index.
+SEEN_IN_TRAINING = {"validation_queries", "future", "seed", "bayes_edges_s", "bayes_prior_views"}
+WHERE_THE_DATA_ARE = {"logs", "items", "users", "synth"}
+MISSING = "missing: "
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `call` names the function (module:function) that takes (config, run_dir) and returns None or a dict.
+
+    Of the dict, `rows` (and `peak_mib`, if it is more than was seen here) are noted; the rest is kept with them.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    call: str
+    outputs: tuple[str, ...]
+    reads: Callable[[Config], dict[str, Any]]
+    on_ray: bool
+
+
+def _without(section: Any, keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in plain(section).items() if key not in keys}
+
+
+def _reads_ingest(config: Config) -> dict[str, Any]:
+    return {"data": _without(config.data, WHERE_THE_DATA_ARE), "source": data_source(config)}
+
+
+def _reads_crm(config: Config) -> dict[str, Any]:
+    return {"split": plain(config.split), "crm": _without(config.crm, {"publish"}), "seeds": list(config.seeds),
+            "train": _without(config.train, HOW_TRAINED), "index": _without(config.index, HOW_INDEXED),
+            "evaluate": {key: value for key, value in plain(config.evaluate).items() if key in SEEN_IN_TRAINING},
+            "test_users": _test_users_file(config)}
+
+
+def _reads_evaluate(config: Config) -> dict[str, Any]:
+    return {"evaluate": plain(config.evaluate), "crm": {"publish": config.crm.publish}}
+
+
+def _reads_report(config: Config) -> dict[str, Any]:
+    return {"name": config.name, "gates": plain(config.gates)}
+
+
+STAGES = {stage.name: stage for stage in (
+    Stage("ingest", (), "launch.stages:ingest", ("sequences/manifest.json",), _reads_ingest, on_ray=True),
+    Stage("crm", ("ingest",), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True),
+    Stage("evaluate", ("ingest", "crm"), "launch.train:evaluate_crm", ("metrics.json",), _reads_evaluate, on_ray=True),
+    Stage("report", ("evaluate",), "launch.stages:report", ("report.html",), _reads_report, on_ray=False),
+)}
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+def data_source(config: Config) -> dict[str, Any]:
+    """What the logs, the catalogue and the users are: the world's dials, or every file with its size and time.
+
+    Where the files are cannot change a result, so the folder's own place is left out. A place that is gone is None.
+    """
+    if config.data.logs is None or _is_own_world(config):
+        return {"synth": plain(config.data.synth)}
+    return {key: _files(getattr(config.data, key), f"data.{key}", config.data.format)
+            for key in ("logs", "items", "users")}
+
+
+def _is_own_world(config: Config) -> bool:
+    """Whether `data.logs` is what `with_world` set: the world in the run folder."""
+    world = Path(config.run_dir).expanduser().absolute() / "world"
+    return config.data.synth is not None and config.data.logs == str(world / "logs")
+
+
+def _files(location: str | None, key: str, layout: str) -> list[list[Any]] | str | None:
+    if location is None:
+        return None
+    from trainer.logs import list_files
+
+    suffixes = (".csv", ".parquet", ".parq", ".pq") if layout == "kuairand_csv" else (".parquet", ".parq", ".pq")
+    try:
+        files = list_files(location, key, suffixes)
+    except InputError as error:
+        return f"{MISSING}{error}"
+    root = os.path.commonpath([os.path.dirname(f.path) for f in files])
+    return [[os.path.relpath(f.path, root), f.size, f.modified_ns] for f in files]
+
+
+def _test_users_file(config: Config) -> list[list[Any]] | str | None:
+    place = config.split.test_users
+    return _files(place, "split.test_users", "parquet") if isinstance(place, str) else None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage's result depends on: readable, and as one hash."""
+
+    reads: dict[str, Any]
+    hash: str
+
+
+def stage_inputs(config: Config, run_dir: Path) -> dict[str, Inputs]:
+    """The inputs of every stage. Logs that are gone count as the ones that were ingested."""
+    found: dict[str, Inputs] = {}
+    for stage in STAGES.values():
+        reads = stage.reads(config)
+        if stage.name == "ingest":
+            reads = _with_gone_files(reads, _read_json(run_dir / "stages" / "inputs" / "ingest.json") or {})
+        upstream = {name: found[name].hash for name in stage.needs}
+        found[stage.name] = Inputs(reads, config_hash({"stage": stage.name, "reads": reads, "needs": upstream}))
+    return found
+
+
+def _with_gone_files(reads: dict[str, Any], ingested: dict[str, Any]) -> dict[str, Any]:
+    before = ingested.get("source") or {}
+    source = {key: before[key] if isinstance(value, str) and before.get(key) else value
+              for key, value in reads["source"].items()}
+    return {**reads, "source": source}
+
+
+# --- what is done -----------------------------------------------------------------------------------------------------
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def marker(run_dir: Path, stage: str) -> dict[str, Any] | None:
+    """What is noted of a stage that was done: inputs (hash), seconds, rows, peak_mib, finished; None if it was not."""
+    return _read_json(run_dir / "stages" / f"{stage}.json")
+
+
+def is_done(run_dir: Path, stage: Stage, inputs: Inputs) -> bool:
+    """Done for the same inputs, and what it wrote is still there."""
+    found = marker(run_dir, stage.name)
+    return found is not None and found.get("inputs") == inputs.hash and not _lost(run_dir, stage)
+
+
+def _lost(run_dir: Path, stage: Stage) -> list[str]:
+    return [name for name in stage.outputs if not (run_dir / name).exists()]
+
+
+def why_again(run_dir: Path, stage: Stage, inputs: Inputs) -> str | None:
+    """Why a stage that was done once is done again, for people; None if it never was."""
+    found = marker(run_dir, stage.name)
+    if found is None:
+        return None
+    if found.get("inputs") == inputs.hash:
+        return f"{', '.join(_lost(run_dir, stage))} is gone"
+    before = _read_json(run_dir / "stages" / "inputs" / f"{stage.name}.json") or {}
+    changed = changed_keys(before, inputs.reads)
+    if not changed:
+        return "a stage before it has other inputs"
+    return "changed: " + "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+
+
+def stages_to_run(run_dir: Path, asked: list[str], inputs: dict[str, Inputs]) -> list[str]:
+    """The stages that are asked for and not done, with those that they need and that are not done, in order."""
+    wanted: set[str] = set()
+
+    def want(name: str) -> None:
+        if name not in wanted and not is_done(run_dir, STAGES[name], inputs[name]):
+            wanted.add(name)
+            for needed in STAGES[name].needs:
+                want(needed)
+
+    for name in asked:
+        want(name)
+    again = True
+    while again:  # what is asked for and comes after a stage that runs, runs too: its inputs are being made anew
+        late = [s.name for s in STAGES.values() if s.name in asked and s.name not in wanted and wanted & set(s.needs)]
+        for name in late:
+            wanted.add(name)
+            for needed in STAGES[name].needs:
+                want(needed)
+        again = bool(late)
+    return [name for name in STAGES if name in wanted]
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
+
+def run(config: Config, only: list[str] | None = None) -> Path:
+    """Run the stages that the config (or `only`) asks for, show what they say, and judge the quality gates.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: the config asks for what is not there.
+        QualityGateError: everything ran, and a measured quality is below its gate.
+        WatchtowerError: another process writes this run folder.
+    """
+    asked = [name for name in STAGES if name in (only or config.stages)]
+    require_logs(config)
+    run_dir = make_run_folder(config.run_dir)
+    with _no_empty_folder(run_dir), locked(run_dir):
+        inputs = stage_inputs(config, run_dir)
+        to_run = stages_to_run(run_dir, asked, inputs)
+        _check_files(to_run, inputs)
+        for name in asked:
+            if name not in to_run:
+                print(f"{name}: already done for the same inputs", flush=True)
+        save_resolved(config, run_dir / "config.yaml")
+        if to_run:
+            _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
+        if "evaluate" in asked or "report" in asked:
+            show_results(run_dir)
+            judge(config, run_dir)
+    return run_dir
+
+
+@contextlib.contextmanager
+def _no_empty_folder(run_dir: Path) -> Iterator[None]:
+    """A run that ends before it wrote anything leaves no folder behind."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
+
+
+def _check_files(to_run: list[str], inputs: dict[str, Inputs]) -> None:
+    """Raise an `InputError` at once where files are missing that a stage is going to read."""
+    places: list[Any] = []
+    if "ingest" in to_run:
+        places += inputs["ingest"].reads["source"].values()
+    if {"crm", "evaluate"} & set(to_run):
+        places.append(inputs["crm"].reads["test_users"])
+    missing = [place.removeprefix(MISSING) for place in places if isinstance(place, str)]
+    if missing:
+        raise InputError("\n".join(missing))
+
+
+def with_world(config: Config, run_dir: Path) -> Config:
+    """The config with `data.logs` and `data.items` set to the synthetic world's files, where it stands in for logs."""
+    if config.data.logs is not None:
+        return config
+    world = run_dir / "world"
+    data = config.data.model_copy(update={"logs": str(world / "logs"), "items": str(world / "items.parquet")})
+    return config.model_copy(update={"data": data})
+
+
+def write_synthetic_world(config: Config, run_dir: Path) -> int:
+    """Write the world that stands in for logs, unless it is there; another world in its place makes room.
+
+    Returns:
+        Its number of views.
+    """
+    from trainer.world import WorldSpec, read_spec, write_world
+
+    synth = plain(config.data.synth)
+    spec = WorldSpec(**synth, tags_count=min(WorldSpec.tags_count, synth["items"]))
+    folder = run_dir / "world"
+    if (folder / "world.json").exists():
+        try:
+            same = read_spec(folder) == spec
+        except InputError:
+            same = False
+        if not same:
+            shutil.rmtree(folder)
+    return write_world(folder, spec).rows
+
+
+def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[str, Inputs]) -> None:
+    stop = threading.Event()
+    with contextlib.ExitStack() as held:
+        log = held.enter_context(EventLog(run_dir / "events.jsonl"))
+        shown = follow(run_dir / "events.jsonl", stop)
+        held.callback(shown.join)
+        held.callback(stop.set)
+        for name in names:
+            reason = why_again(run_dir, STAGES[name], inputs[name])
+            if reason is not None:
+                log.write("stage", stage=name, status="again", why=reason)
+        if _is_own_world(config) and names != ["report"]:
+            write_synthetic_world(config, run_dir)
+        cluster = None
+        for name in names:
+            if STAGES[name].on_ray and cluster is None:
+                from launch.local_ray import start_ray
+
+                cluster = held.enter_context(start_ray(config))
+                log.write("cluster", cluster=str(cluster), start_s=round(cluster.seconds, 2))
+            _run_one(STAGES[name], config, run_dir, inputs[name], log)
+
+
+def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: EventLog) -> None:
+    module, _, function = stage.call.partition(":")
+    call = getattr(importlib.import_module(module), function)
+    for later in _after(stage.name):
+        (run_dir / "stages" / f"{later}.json").unlink(missing_ok=True)
+    log.write("stage", stage=stage.name, status="started")
+    begin = time.perf_counter()
+    try:
+        with peak_memory() as peak:
+            result = call(config, run_dir) or {}
+    except BaseException as error:
+        log.write("stage", stage=stage.name, status="failed", seconds=round(time.perf_counter() - begin, 2),
+                  error=type(error).__name__)
+        raise
+    noted = {**result, "stage": stage.name, "inputs": inputs.hash, "seconds": round(time.perf_counter() - begin, 3),
+             "rows": result.get("rows"), "peak_mib": round(max(peak[0], result.get("peak_mib") or 0.0), 1),
+             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    lost = _lost(run_dir, stage)
+    if lost:
+        raise WatchtowerError(f"stage {stage.name} ended, but did not write {', '.join(lost)}")
+    _write_json(run_dir / "stages" / "inputs" / f"{stage.name}.json", plain(inputs.reads))
+    _write_json(run_dir / "stages" / f"{stage.name}.json", noted)
+    _note_in_metrics(run_dir)
+    log.write("stage", stage=stage.name, status="done", seconds=noted["seconds"], rows=noted["rows"],
+              peak_mib=noted["peak_mib"])
+
+
+def _after(name: str) -> list[str]:
+    """The stage itself and every stage that needs it, however far."""
+    found = [name]
+    for stage in STAGES.values():
+        if stage.name not in found and set(found) & set(stage.needs):
+            found.append(stage.name)
+    return found
+
+
+@contextlib.contextmanager
+def peak_memory(every_s: float = 0.5) -> Iterator[list[float]]:
+    """The most memory, in MiB, that this process and its children held at once while the block ran, as `found[0]`.
+
+    Resident sets added up, so that pages which several of them share count in each; other machines are not seen.
+    """
+    found = [_tree_mib()]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(every_s):
+            found[0] = max(found[0], _tree_mib())
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchtower-memory")
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found[0] = max(found[0], _tree_mib())
+
+
+def _tree_mib() -> float:
+    import psutil
+
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total / 2**20
+
+
+def _note_in_metrics(run_dir: Path) -> None:
+    """Keep the `stages` part of metrics.json current: a stage's own numbers are known only when it has ended."""
+    path = run_dir / "metrics.json"
+    metrics = _read_json(path)
+    if metrics is not None:
+        noted = {name: found for name in STAGES if (found := marker(run_dir, name))}
+        _write_json(path, {**metrics, "stages": {
+            name: {key: found.get(key) for key in ("seconds", "rows", "peak_mib")} for name, found in noted.items()}})
+
+
+def ingest(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Read the logs into sequences, on Ray Data."""
+    from launch.ingest import RayExecutor
+    from launch.ingest import ingest as ingest_logs
+
+    summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=_say)
+    _say(str(summary))
+    return {"rows": summary.statistics["rows"], "quarantined": summary.quarantined}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def report(config: Config, run_dir: Path) -> dict[str, Any] | None:
+    """Write report.html from what the run folder holds."""
+    from trainer.report import write_report
+
+    found = write_report(run_dir)
+    return found if isinstance(found, dict) else None
+
+
+def show_results(run_dir: Path) -> None:
+    """Print the table of results and the path of the report."""
+    metrics = _read_json(run_dir / "metrics.json")
+    if metrics is None:
+        return
+    from trainer.report import results_table
+
+    print(f"\n{results_table(metrics)}\n", flush=True)
+    seconds = sum(float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values())
+    print(f"stages: {seconds_text(seconds)} in all" if seconds else "", end="\n" if seconds else "")
+    for name, path in (("metrics", run_dir / "metrics.json"), ("report", run_dir / "report.html")):
+        if path.exists():
+            print(f"{name}: {path}", flush=True)
+
+
+def judge(config: Config, run_dir: Path) -> None:
+    """Hold metrics.json against the quality gates.
+
+    Raises:
+        QualityGateError: naming every gate that fell short, with what was measured.
+    """
+    if not config.gates.at_least:
+        return
+    from trainer.results import failed_gates
+
+    metrics = _read_json(run_dir / "metrics.json") or {}
+    failed = failed_gates(metrics, config.gates.at_least)
+    if failed:
+        count = f"{len(failed)} of {len(config.gates.at_least)} quality gates (gates.at_least) fell short:\n    "
+        raise QualityGateError(count + "\n    ".join(failed))
+    print(f"quality gates: all {len(config.gates.at_least)} met", flush=True)

@@ -1,0 +1,191 @@
+"""The CRM stage as one Ray Train group: every model, every seed, trained and judged by the same workers.
+
+A group costs 20 s to start, so the whole list of models shares one. The workers' own function is in this file; what
+it calls knows nothing of Ray. A worker that is lost restarts the group, which passes over what is already judged and
+goes on from the newest checkpoint of the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.schema import Config
+
+ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
+
+
+def train_crm(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Trains and judges all models, then writes metrics.json and report.html."""
+    return _run_group(config, run_dir, train=True)
+
+
+def evaluate_crm(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Judges anew what was judged under another `evaluate` section, and writes metrics.json."""
+    if all(_is_judged(config, run_dir, model.name, seed) for model in config.crm.models for seed in config.seeds):
+        write_results(config, run_dir)
+        return {}
+    return _run_group(config, run_dir, train=False)
+
+
+def write_results(config: Config, run_dir: Path) -> None:
+    """metrics.json from what the run folder holds, and the pointer to the index that serves."""
+    from trainer.results import assemble, write_metrics, write_whole
+
+    metrics = assemble(run_dir, config)
+    write_metrics(run_dir, metrics)
+    serving = _summary(run_dir, config.crm.published, config.seeds[0])
+    if serving is not None:
+        write_whole(run_dir / "indexes" / "serving.json", json.dumps(
+            {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
+
+
+def _run_group(config: Config, run_dir: Path, *, train: bool) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from launch.local_ray import threads_per_worker
+
+    run_dir = Path(run_dir).absolute()
+    outcome = run_dir / "stages" / "crm.outcome.json"
+    outcome.unlink(missing_ok=True)
+    gpu = wants_gpu(config)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "train": train,
+                           "threads": threads_per_worker(config)},
+        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
+        run_config=RunConfig(name="train", storage_path=str(run_dir / "ray"),
+                             failure_config=FailureConfig(max_failures=config.train.max_restarts)),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo",
+                                 timeout_s=int(config.train.timeout_s)))
+    try:
+        trainer.fit()
+    except Exception as error:
+        found = _told(outcome)
+        if found is not None:
+            raise found from None
+        raise WatchtowerError(f"the training workers failed: {_cause(error)}") from error
+    found = _told(outcome)
+    if found is not None:
+        raise found
+    write_results(config, run_dir)
+    return json.loads(outcome.read_text())["result"]
+
+
+def wants_gpu(config: Config) -> bool:
+    """Whether the workers ask Ray for a GPU each.
+
+    Raises:
+        InputError: if `train.device` is cuda and the cluster has fewer GPUs than workers.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.train.device == "cuda" and gpus < config.train.workers:
+        raise InputError(f"train.device is cuda with train.workers={config.train.workers}, but the cluster has {gpus} "
+                         "GPUs; lower train.workers or set train.device=cpu")
+    return config.train.device == "cuda" or (config.train.device == "auto" and gpus >= config.train.workers)
+
+
+def _told(outcome: Path) -> WatchtowerError | None:
+    """The error that a worker left for the driver: it arrives whole, whatever Ray wraps around it."""
+    if not outcome.exists():
+        return None
+    told = json.loads(outcome.read_text())
+    return ERRORS.get(told["error"], WatchtowerError)(told["message"]) if "error" in told else None
+
+
+def _cause(error: BaseException) -> str:
+    text = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return text[:500]
+
+
+def _summary(run_dir: Path, model: str, seed: int) -> dict[str, Any] | None:
+    try:
+        return json.loads((run_dir / "evaluation" / model / f"seed={seed}" / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _judgement(config: Config) -> dict[str, Any]:
+    return config.evaluate.model_dump(mode="json", exclude={"bootstrap", "split_users"})
+
+
+def _is_judged(config: Config, run_dir: Path, model: str, seed: int, fingerprint: str | None = None) -> bool:
+    found = _summary(run_dir, model, seed)
+    return found is not None and found.get("judged") == _judgement(config) and (
+        fingerprint is None or found.get("fingerprint") == fingerprint)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What every worker runs. An error of ours is told to the driver through a file and ends the group in order."""
+    run_dir = Path(settings["run_dir"])
+    outcome = run_dir / "stages" / "crm.outcome.json"
+    if _told(outcome) is not None:
+        return  # a restart after an error that a restart cannot mend
+    import ray.train
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    config = Config.model_validate(settings["config"])
+    rank = ray.train.get_context().get_world_rank()
+    try:
+        result = _train_and_judge(config, run_dir, settings["train"])
+    except WatchtowerError as error:
+        _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, rank)
+        raise
+    if rank == 0:
+        _write_outcome(outcome, {"result": result}, rank)
+    ray.train.report({"done": True})
+
+
+def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
+    outcome.parent.mkdir(parents=True, exist_ok=True)
+    beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
+    beside.write_text(json.dumps(told))
+    beside.replace(outcome)
+
+
+def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, Any]:
+    import ray.train.torch
+
+    from trainer.crm_data import CrmData
+    from trainer.evaluate import evaluate_model, evaluate_popular
+    from trainer.events import EventLog, memory_mib
+    from trainer.loop import fingerprint, train_model
+    from trainer.workers import Workers
+
+    workers = Workers.joined(ray.train.torch.get_device())
+    data = CrmData(config, run_dir)
+    events = EventLog(run_dir / "events.jsonl", run_dir / "tensorboard") if workers.first else None
+
+    def write(event: str, **fields: Any) -> None:
+        if events is not None:
+            events.write(event, **fields)
+
+    def judged(model: str, seed: int, of: str | None = None) -> bool:
+        return workers.agree(_is_judged(config, run_dir, model, seed, of))
+
+    rows = 0
+    began = datetime.datetime.now(datetime.UTC)
+    write("group", workers=workers.count, device=str(workers.device), training_targets=int(
+        data.statistics.views_N.sum()), validation_requests=len(data.validation), test_requests=len(data.test))
+    summary = {"judged": _judgement(config)}
+    if not judged("popular", 0, data.store.manifest["input"]["fingerprint"]):
+        evaluate_popular(data, workers, write, summary | {"fingerprint": data.store.manifest["input"]["fingerprint"]})
+    for seed in config.seeds:
+        for model in config.crm.models:
+            if judged(model.name, seed, fingerprint(data, model)):
+                continue
+            trained = train_model(data, model, seed, workers, write)
+            evaluate_model(data, model, trained, workers, write, summary)
+            rows += trained.windows
+    if events is not None:
+        events.close()
+    return {"rows": rows, "peak_mib": max(workers.everybody(memory_mib())),
+            "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds(), "trained": train}

@@ -1,0 +1,1 @@
+"""Data, models, evaluation and the training loop; plain functions that need no cluster."""

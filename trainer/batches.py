@@ -1,0 +1,309 @@
+"""The batch: made once from windows of views, and never converted until the loss.
+
+A batch holds B windows of up to P positions. Position i is one view: its watch-time condition W_i, the clock at its
+request, and its item x_i with what was watched of it. A tower's user vector at position i has seen everything before
+x_i and W_i itself, never x_i.
+
+Every item of the batch, in histories and as targets, is looked up once: `items` lists the U distinct items, and
+positions point into that list. A target's item is in the list because the loss needs its vector; in a batch of
+requests (`collate_requests`) the item that comes next is not in the batch at all.
+
+This is the one file outside embeddings/ that knows TorchRec: a KeyedJaggedTensor is part of the batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from trainer.conditions import WatchBuckets, returns
+from trainer.windows import BatchRows, TargetViews
+
+GAP_BUCKETS = 32
+GAP_MAX_S = 30 * 86_400.0
+HOURS = 24
+
+
+@dataclass
+class ItemBatch:
+    """U distinct items with all their features. Row 0 of every table is the unknown row.
+
+    features: ids for the embedding tables, one key a table (`item`, `author`, `tag`, categories), U samples.
+    row_U: int64, rows of the vocabulary. duration_bucket_U: int64. content_UC: float32 or None.
+    tag_item_T: int64, the item (0..U-1) of each tag id. log_q_U: float32, log share of the training targets.
+    """
+
+    features: KeyedJaggedTensor
+    row_U: Tensor
+    duration_bucket_U: Tensor
+    content_UC: Tensor | None
+    tag_item_T: Tensor
+    log_q_U: Tensor
+
+    def to(self, device: torch.device) -> ItemBatch:
+        return _moved(self, device)
+
+
+@dataclass
+class WindowBatch:
+    """B windows of P positions over the U items beside them. All int64 but the masks.
+
+    item_BP: index into the items. watch_bucket_BP: what was watched of x_i (0: unknown). condition_bucket_BP: W_i.
+    hour_BP: 0 unknown, else 1 + hour of the day of the request. gap_BP: 0 unknown, else the log bucket of the time
+    since the last view. inside_BP: bool, positions that hold a view. target_BP: bool, positions the loss is taken at.
+    length_B: positions inside. user_B: user ids, for messages.
+    """
+
+    items: ItemBatch
+    item_BP: Tensor
+    watch_bucket_BP: Tensor
+    condition_bucket_BP: Tensor
+    hour_BP: Tensor
+    gap_BP: Tensor
+    inside_BP: Tensor
+    target_BP: Tensor
+    length_B: Tensor
+    user_B: Tensor
+
+    def to(self, device: torch.device) -> WindowBatch:
+        return _moved(self, device)
+
+
+Moving = TypeVar("Moving", ItemBatch, WindowBatch)
+
+
+def _moved(batch: Moving, device: torch.device) -> Moving:
+    if device.type == "cpu":
+        return batch
+    return replace(batch, **{f.name: value if (value := getattr(batch, f.name)) is None
+                             else value.to(device, non_blocking=True) for f in fields(batch)})
+
+
+class ItemFeatures:
+    """The catalogue's arrays in the form that batches take them from. Shared by training, index and evaluation.
+
+    Args:
+        catalogue: trainer.catalogue.Catalogue, one row per vocabulary row, row 0 the unknown item.
+        log_q_N: float32 (N,), log share of each item among the training targets.
+    """
+
+    def __init__(self, catalogue, log_q_N: np.ndarray):
+        self.rows = len(catalogue.item_id_N)
+        self.log_q_N = np.asarray(log_q_N, dtype=np.float32)
+        self.duration_bucket_N = np.asarray(catalogue.duration_bucket_N)
+        self.content_NC = catalogue.content_NC
+        self._single = {"item": None, "author": np.asarray(catalogue.author_row_N)}
+        self._single |= {f"category_{name}": np.asarray(rows) for name, rows in catalogue.categories.items()}
+        self._tag_offsets, self._tag_rows = np.asarray(catalogue.tag_offsets_N1), np.asarray(catalogue.tag_rows)
+
+    def take(self, row_U: np.ndarray) -> ItemBatch:
+        """The features of these items, int64 (U,) rows of the vocabulary."""
+        items = len(row_U)
+        keys, values, lengths = [], [], []
+        for name, column in self._single.items():
+            keys.append(name)
+            values.append(row_U if column is None else column[row_U].astype(np.int64))
+            lengths.append(np.ones(items, dtype=np.int64))
+        tags_U = self._tag_offsets[row_U + 1] - self._tag_offsets[row_U]
+        tag_item_T = np.repeat(np.arange(items), tags_U)
+        within = np.arange(len(tag_item_T)) - np.repeat(np.cumsum(tags_U) - tags_U, tags_U)
+        keys.append("tag")
+        values.append(self._tag_rows[np.repeat(self._tag_offsets[row_U], tags_U) + within].astype(np.int64))
+        lengths.append(tags_U.astype(np.int64))
+        features = KeyedJaggedTensor(keys=keys, values=torch.from_numpy(np.concatenate(values)),
+                                     lengths=torch.from_numpy(np.concatenate(lengths)))
+        content = None if self.content_NC is None else torch.from_numpy(
+            np.ascontiguousarray(self.content_NC[row_U], dtype=np.float32))
+        return ItemBatch(features=features, row_U=torch.from_numpy(np.ascontiguousarray(row_U)),
+                         duration_bucket_U=torch.from_numpy(self.duration_bucket_N[row_U].astype(np.int64)),
+                         content_UC=content, tag_item_T=torch.from_numpy(tag_item_T),
+                         log_q_U=torch.from_numpy(self.log_q_N[row_U]))
+
+
+@dataclass(frozen=True)
+class Collation:
+    """How views become positions.
+
+    kind: what W_i is ("next", "to_go", "prefix", "none"). buckets: how a watch time is encoded. dropout: share of
+    conditions dropped to the unknown bucket in training. utc_offset_ms: where a day begins, for the hour.
+    positions: the most a window has.
+    """
+
+    kind: str
+    buckets: WatchBuckets
+    dropout: float
+    utc_offset_ms: int
+    positions: int
+
+    def window_batch(self, features: ItemFeatures, rows: BatchRows, rng: np.random.Generator) -> WindowBatch:
+        """Training windows with their targets.
+
+        Which conditions are dropped is drawn for the whole global batch, so that it does not depend on the number
+        of workers. A worker without a row in a small last batch still takes part in every collective: it gets one
+        window of the unknown item without a target.
+        """
+        keep_GP = rng.random((rows.global_rows, self.positions)) >= self.dropout
+        if not rows.parts:
+            return self._empty(features)
+        pieces = [self._gather(views, w.begin_W, w.end_W, w.first_target_W) for views, w in rows.parts]
+        columns = {name: _stack([piece[name] for piece in pieces]) for name in pieces[0]}
+        length_B = columns["length"]
+        keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
+        condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
+        return self._finish(features, columns, condition_BP, length_B)
+
+    def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
+                      time_ms_Q: np.ndarray, condition_Q: np.ndarray) -> WindowBatch:
+        """Requests: the views [begin, end) as history and one more position that asks for `condition_Q` seconds.
+
+        The view that answers the request is not read, so it cannot leak: the last position holds the unknown item.
+        """
+        columns = self._gather(views, begin_Q, end_Q, end_Q, request_time_ms=time_ms_Q)
+        length_B = columns["length"]
+        condition_BP = columns["watch_s"].astype(np.float64)
+        condition_BP[np.arange(len(length_B)), length_B - 1] = condition_Q
+        return self._finish(features, columns, condition_BP, length_B)
+
+    def _gather(self, views: TargetViews, begin_B, end_B, first_target_B, request_time_ms=None) -> dict:
+        asks = request_time_ms is not None
+        length_B = end_B - begin_B + asks
+        positions_P = np.arange(int(length_B.max()))
+        inside_BP = positions_P < length_B[:, None]
+        is_view_BP = positions_P < (end_B - begin_B)[:, None]
+        event_BP = np.where(is_view_BP, begin_B[:, None] + positions_P, 0)
+
+        def column(values_E, missing):
+            if not len(values_E):
+                return np.full(event_BP.shape, missing, dtype=values_E.dtype)
+            return np.where(is_view_BP, values_E[event_BP], missing)
+
+        time_BP = column(views.timestamp_ms_E, 0).astype(np.int64)
+        ordinal_BP = column(views.ordinal_E, True)
+        if asks:
+            last_B = length_B - 1
+            time_BP[np.arange(len(last_B)), last_B] = request_time_ms
+            ordinal_BP[np.arange(len(last_B)), last_B] = False
+        target_BP = is_view_BP & (event_BP >= first_target_B[:, None])
+        owner_B = np.searchsorted(views.offset_U + views.length_U, begin_B, side="right")
+        owner_B = np.minimum(owner_B, len(views.user_id_U) - 1)
+        return {"item_row": column(views.item_row_E, 0), "watch_s": column(views.watch_s_E, np.nan), "time": time_BP,
+                "ordinal": ordinal_BP, "inside": inside_BP, "target": target_BP, "length": length_B,
+                "user": views.user_id_U[owner_B]}
+
+    def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B) -> WindowBatch:
+        inside_BP, time_BP = columns["inside"], columns["time"]
+        unknown_time_BP = columns["ordinal"] | ~inside_BP
+        hour_BP = np.where(unknown_time_BP, 0, 1 + (time_BP + self.utc_offset_ms) // 3_600_000 % HOURS)
+        gap_ms = np.diff(time_BP, axis=1, prepend=time_BP[:, :1]).astype(np.float64)
+        no_gap_BP = unknown_time_BP | np.roll(unknown_time_BP, 1, axis=1)
+        no_gap_BP[:, 0] = True
+        gap_s = np.clip(gap_ms / 1000.0, 0.0, GAP_MAX_S)
+        gap_BP = np.where(no_gap_BP, 0, 1 + np.minimum(
+            np.floor(np.log1p(gap_s) / np.log1p(GAP_MAX_S) * GAP_BUCKETS), GAP_BUCKETS - 1)).astype(np.int64)
+        if self.kind == "none":
+            wanted_BP = np.full(inside_BP.shape, np.nan)
+        else:
+            wanted_BP = returns(self.kind, columns["watch_s"], condition_BP, length_B)
+        row_U, item = np.unique(columns["item_row"], return_inverse=True)
+        return WindowBatch(
+            items=features.take(row_U.astype(np.int64)),
+            item_BP=torch.from_numpy(item.reshape(inside_BP.shape).astype(np.int64)),
+            watch_bucket_BP=torch.from_numpy(self.buckets.encode(columns["watch_s"])),
+            condition_bucket_BP=torch.from_numpy(self.buckets.encode(wanted_BP)),
+            hour_BP=torch.from_numpy(hour_BP.astype(np.int64)), gap_BP=torch.from_numpy(gap_BP),
+            inside_BP=torch.from_numpy(inside_BP), target_BP=torch.from_numpy(columns["target"]),
+            length_B=torch.from_numpy(np.asarray(length_B, dtype=np.int64)),
+            user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)))
+
+    def _empty(self, features: ItemFeatures) -> WindowBatch:
+        columns = {"item_row": np.zeros((1, 1), np.int64), "watch_s": np.full((1, 1), np.nan),
+                   "time": np.zeros((1, 1), np.int64), "ordinal": np.ones((1, 1), bool),
+                   "inside": np.ones((1, 1), bool), "target": np.zeros((1, 1), bool),
+                   "length": np.ones(1, np.int64), "user": np.zeros(1, np.int64)}
+        return self._finish(features, columns, columns["watch_s"], columns["length"])
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    """Joins along the first axis, padding the second to the widest: NaN for floats, True for `ordinal`-like masks
+    is not needed because everything behind a window's end is masked by `inside`."""
+    if len(arrays) == 1 or arrays[0].ndim == 1:
+        return np.concatenate(arrays)
+    width = max(a.shape[1] for a in arrays)
+    missing = np.nan if arrays[0].dtype.kind == "f" else 0
+    return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=missing) for a in arrays])
+
+
+Item = TypeVar("Item")
+
+
+class Prefetched(Iterable[Item]):
+    """Runs an iterator on a thread, a few items ahead; the consumer's waiting time is measured in `waited_s`.
+
+    An exception of the producer is raised in the consumer. Leaving early stops the thread.
+    """
+
+    def __init__(self, produce: Callable[[], Iterator[Item]], ahead: int, clock: Callable[[], float]):
+        self._produce, self._ahead, self._clock = produce, ahead, clock
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        if not self._ahead:
+            yield from self._timed(self._produce())
+            return
+        ready: queue.Queue = queue.Queue(maxsize=self._ahead)
+        stop, end = threading.Event(), object()
+
+        def work():
+            try:
+                for item in self._produce():
+                    while not stop.is_set():
+                        try:
+                            ready.put((item, None), timeout=0.1)
+                            break
+                        except queue.Full:
+                            continue
+                    if stop.is_set():
+                        return
+                outcome = (end, None)
+            except BaseException as error:  # handed to the consumer, who raises it
+                outcome = (end, error)
+            while not stop.is_set():
+                try:
+                    return ready.put(outcome, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        thread = threading.Thread(target=work, name="watchtower-prefetch", daemon=True)
+        thread.start()
+        try:
+            while True:
+                began = self._clock()
+                item, error = ready.get()
+                self.waited_s += self._clock() - began
+                if error is not None:
+                    raise error
+                if item is end:
+                    return
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _timed(self, items):
+        iterator = iter(items)
+        while True:
+            began = self._clock()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited_s += self._clock() - began
+            yield item

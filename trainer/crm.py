@@ -1,0 +1,125 @@
+"""CRM: the dense half of the model, from table rows to loss, item vectors and user vectors.
+
+One module holds both towers, so that one engine trains them and one forward reaches the loss. It returns
+`(loss, detached extras)` and knows nothing of Ray, DeepSpeed or sharding: the tables' rows come in, and whatever
+gradient they ask for flows back through them.
+
+Score: s(u, i) = similarity(u, v_i) + b_i with b_i = log q_i + delta_i, delta_i learned and started at 0. In the
+loss log q comes off again (logQ correction), so the softmax trains u, v and delta against the item's popularity, and
+the index, which adds log q back, ranks by the estimate of log p(i | user, W).
+
+Shape suffixes: U = items of the batch, B = windows, P = positions, D = width, R = local targets, G = targets of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import CrmConfig, ModelConfig
+from embeddings.similarity import Similarity
+from embeddings.tables import TableSpec
+from trainer.batches import ItemBatch, WindowBatch
+from trainer.losses import count_rows, gather_ids, gather_with_gradient, in_batch_softmax, target_columns
+from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, ViewEncoder
+
+
+@dataclass(frozen=True)
+class FeatureSizes:
+    """Rows of every lookup, the unknown row included. `categories`: table name without prefix -> rows."""
+
+    item: int
+    author: int
+    tag: int
+    duration_buckets: int
+    content_dim: int
+    categories: dict[str, int]
+
+    @classmethod
+    def of(cls, catalogue) -> FeatureSizes:
+        content = catalogue.content_NC
+        return cls(item=len(catalogue.item_id_N), author=int(catalogue.author_rows), tag=int(catalogue.tag_rows_count),
+                   duration_buckets=int(catalogue.duration_buckets),
+                   content_dim=0 if content is None else int(content.shape[1]),
+                   categories={name: int(rows) for name, rows in catalogue.category_rows.items()})
+
+
+def table_specs(sizes: FeatureSizes, config: CrmConfig) -> list[TableSpec]:
+    """The sharded tables: items, authors, tags and the catalogue's categories, all of one width."""
+    rows = {"item": sizes.item, "author": sizes.author, "tag": sizes.tag}
+    rows |= {f"category_{name}": count for name, count in sizes.categories.items()}
+    return [TableSpec(name=name, rows=count, dim=config.tables.dim, sharding=config.tables.sharding,
+                      init_std=config.tables.init_std) for name, count in rows.items()]
+
+
+class CrmModel(nn.Module):
+    """Both towers and the loss.
+
+    Args:
+        config: sizes. model: which user tower and which condition. sizes: rows of the lookups.
+    """
+
+    def __init__(self, config: CrmConfig, model: ModelConfig, sizes: FeatureSizes):
+        super().__init__()
+        tower, conditioned = config.tower, model.condition != "none"
+        watch_rows = config.condition.buckets + 1
+        self.similarity = Similarity(kind=config.similarity, temperature=config.temperature)
+        self.log_q, self.item_bias = config.log_q, config.item_bias
+        single = ["item", "author", *(f"category_{name}" for name in sizes.categories)]
+        self.items = ItemEncoder(single, config.tables.dim, tower.dim, tower.hidden, sizes.duration_buckets,
+                                 sizes.content_dim, tower.dropout)
+        self.item_tower = ItemTower(tower.dim, tower.dim)
+        self.views = ViewEncoder(tower.dim, watch_rows, tower.dropout)
+        if model.tower == "dnn":
+            self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_rows, conditioned, tower.clock,
+                                       tower.dropout)
+        else:
+            self.user_tower = DecisionTransformerTower(
+                tower.dim, tower.hidden, tower.dim, tower.layers, tower.heads, tower.history + 1, watch_rows,
+                conditioned, tower.clock, tower.dropout)
+
+    def forward(self, task: str, batch, tables: dict[str, Tensor]):
+        """task "loss": `(loss, extras)` of a WindowBatch; "items": index vectors of an ItemBatch; "users": query
+        vectors of a WindowBatch's last positions. One entry, because the engine wraps one forward."""
+        if task == "loss":
+            return self.loss(batch, tables)
+        if task == "items":
+            return self.index_vectors(batch, tables)
+        return self.query_vectors(batch, tables)
+
+    def loss(self, batch: WindowBatch, tables: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """In-batch softmax over the targets of all workers (Eq. 2) at every target position."""
+        hidden_UD = self.items(batch.items, tables)
+        user_RD = self._users(hidden_UD, batch)[batch.target_BP]
+        target_R = batch.item_BP[batch.target_BP]
+        vector_UD, delta_U = self.item_tower(hidden_UD)
+        rows_per_rank = count_rows(len(target_R), target_R.device)
+        # One gather for the vectors and the bias, one for the ids: collectives on a CPU cost more than their bytes.
+        own_RE = torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float()[target_R]
+        known_R2 = torch.stack([batch.items.row_U[target_R].double(), batch.items.log_q_U[target_R].double()], dim=1)
+        item_GE = gather_with_gradient(own_RE, rows_per_rank=rows_per_rank)
+        known_G2 = gather_ids(known_R2, rows_per_rank=rows_per_rank)
+        log_q_G = known_G2[:, 1].float()
+        bias_G = item_GE[:, -1] + (log_q_G if self.item_bias else 0.0)
+        logits_RG = self.similarity.scores(user_RD.float(), item_GE[:, :-1], bias_G)
+        rank = torch.distributed.get_rank() if len(rows_per_rank) > 1 else 0
+        return in_batch_softmax(logits_RG, known_G2[:, 0].long(),
+                                target_columns(rows_per_rank, rank, target_R.device),
+                                log_q_G=log_q_G if self.log_q else None, total_weight=float(sum(rows_per_rank)))
+
+    def index_vectors(self, items: ItemBatch, tables: dict[str, Tensor]) -> Tensor:
+        """float32 (U, D + 1): what the index holds of these items."""
+        vector_UD, delta_U = self.item_tower(self.items(items, tables))
+        bias_U = delta_U.float() + items.log_q_U if self.item_bias else torch.zeros_like(items.log_q_U)
+        return self.similarity.index_vectors(vector_UD.float(), bias_U)
+
+    def query_vectors(self, batch: WindowBatch, tables: dict[str, Tensor]) -> Tensor:
+        """float32 (B, D + 1): what the index is asked with, read at each window's last position."""
+        user_BPD = self._users(self.items(batch.items, tables), batch)
+        rows = torch.arange(len(batch.length_B), device=user_BPD.device)
+        return self.similarity.query_vectors(user_BPD[rows, batch.length_B - 1].float())
+
+    def _users(self, hidden_UD: Tensor, batch: WindowBatch) -> Tensor:
+        return self.user_tower(self.views(hidden_UD, batch), batch)

@@ -1,0 +1,196 @@
+"""The index rebuild after every epoch: vectors are taken at once, everything else happens while training goes on.
+
+Taking them is collective: each worker encodes its share of the catalogue and of the validation requests with the
+towers as they are, and the first worker receives the rows. From there a thread of the first worker builds the FAISS
+index, measures it against exact search, publishes it and asks it the validation requests. The next epoch never waits
+for that, unless it ends before the rebuild that was started at its own beginning.
+
+Shape suffixes: N = items, Q = requests, D = width of index vectors, K = length of a list.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import QualityGateError
+from configs.schema import IndexConfig
+from embeddings.index import IndexSpec, ItemIndex
+from embeddings.snapshots import publish, verify
+from trainer.batches import Collation, ItemFeatures
+from trainer.metrics import retrieval_metrics
+from trainer.requests import Requests
+from trainer.workers import Workers
+
+ITEMS_AT_ONCE = 8192
+REQUESTS_AT_ONCE = 256
+
+Encode = Callable[[str, object], Tensor]
+"""("items", ItemBatch) or ("users", WindowBatch) to float32 vectors, in eval mode and without gradient; collective."""
+
+
+def encode_items(encode: Encode, features: ItemFeatures, row_N: np.ndarray, workers: Workers) -> np.ndarray | None:
+    """Index vectors of these catalogue rows, encoded in shares: float32 (N, D) on the first worker, else None."""
+    share = -(-len(row_N) // workers.count)
+    mine = row_N[workers.rank * share:(workers.rank + 1) * share]
+    batches = -(-share // ITEMS_AT_ONCE)
+    parts = []
+    for number in range(batches):
+        rows = mine[number * ITEMS_AT_ONCE:(number + 1) * ITEMS_AT_ONCE]
+        # A worker whose share has run out still takes part in the lookups.
+        asked = rows if len(rows) else np.zeros(1, np.int64)
+        parts.append(encode("items", features.take(asked).to(workers.device))[:len(rows)])
+    gathered = workers.gather_rows(torch.cat(parts))
+    return None if gathered is None else gathered.cpu().numpy()
+
+
+def encode_requests(encode: Encode, collation: Collation, features: ItemFeatures, requests: Requests, history: int,
+                    condition_Q: np.ndarray, workers: Workers) -> np.ndarray | None:
+    """Query vectors of the requests under these conditions (seconds, NaN for none): float32 (Q, D) on the first
+    worker, else None. Only the latest `history` views of each are read."""
+    share = -(-len(requests) // workers.count)
+    mine = np.arange(workers.rank * share, min((workers.rank + 1) * share, len(requests)))
+    parts = []
+    for number in range(-(-share // REQUESTS_AT_ONCE)):
+        q = mine[number * REQUESTS_AT_ONCE:(number + 1) * REQUESTS_AT_ONCE]
+        asked = q if len(q) else np.zeros(1, np.int64)
+        end_Q = requests.end_Q[asked]
+        batch = collation.request_batch(features, requests.views, np.maximum(requests.begin_Q[asked], end_Q - history),
+                                        end_Q, requests.time_ms_Q[asked], condition_Q[asked])
+        parts.append(encode("users", batch.to(workers.device))[:len(q)])
+    gathered = workers.gather_rows(torch.cat(parts))
+    return None if gathered is None else gathered.cpu().numpy()
+
+
+def index_spec(config: IndexConfig) -> IndexSpec:
+    return IndexSpec(factory=config.factory, search=dict(config.search), device=config.device, threads=config.threads)
+
+
+@dataclass(frozen=True)
+class PublishedIndex:
+    """An index that was built, measured and published.
+
+    folder: where. epoch, step: of the towers it was made with. watermark_ms: nothing at or after it was trained on.
+    recall_vs_exact: share of the exact top 100 it finds. build_s: seconds, of the build alone. bytes: its size.
+    validation: mean metrics of the validation requests, through the published files.
+    """
+
+    folder: str
+    epoch: int
+    step: int
+    watermark_ms: int
+    items: int
+    recall_vs_exact: float
+    build_s: float
+    bytes: int
+    validation: dict[str, float]
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def publish_index(parent: Path, vectors_ND: np.ndarray, item_ids_N: np.ndarray, config: IndexConfig, *, epoch: int,
+                  step: int, watermark_ms: int, sample_QD: np.ndarray, provenance: dict) -> tuple[Path, dict]:
+    """Builds an index, measures it, and publishes it as `<parent>/<watermark_ms>-<step>`.
+
+    Args:
+        vectors_ND, item_ids_N: what goes in. sample_QD: queries that its recall is measured with.
+        provenance: JSON that the manifest carries along (config hash, model, seed).
+
+    Returns:
+        The folder and its facts: recall_vs_exact, build_s, bytes.
+
+    Raises:
+        QualityGateError: if its recall against exact search is below `index.min_recall`. It is then kept aside, in
+            `<parent>/rejected/`, where no reader looks.
+    """
+    index = ItemIndex.build(vectors_ND, item_ids_N, index_spec(config))
+    facts = {"recall_vs_exact": float(index.recall_against_exact(sample_QD, min(100, len(item_ids_N)))),
+             "build_s": float(index.build_seconds), "bytes": int(index.bytes)}
+    good = facts["recall_vs_exact"] >= config.min_recall
+    target = (parent if good else parent / "rejected") / f"{watermark_ms}-{step}"
+    # Seconds are no part of the manifest: a run that continues publishes the same index again.
+    manifest = {"kind": "index", "watermark_ms": int(watermark_ms), "step": int(step), "epoch": int(epoch),
+                "rows": int(len(item_ids_N)), "dim": int(vectors_ND.shape[1]), "factory": config.factory,
+                "search": dict(config.search), "recall_vs_exact": facts["recall_vs_exact"], **provenance}
+    publish(target, index.save, manifest, replace=True)
+    if not good:
+        raise QualityGateError(
+            f"the index {target} finds {facts['recall_vs_exact']:.3f} of the exact top 100, below index.min_recall "
+            f"{config.min_recall}; it was not published. Raise its search parameters ({config.factory}: index.search) "
+            f"or lower the gate")
+    return target, facts
+
+
+def search_rows(index: ItemIndex, query_QD: np.ndarray, k: int, item_ids_N: np.ndarray) -> np.ndarray:
+    """Catalogue rows of the top k, int64 (Q, k), -1 where the index had no more.
+
+    Args:
+        item_ids_N: int64 (N,), the vocabulary's ids in row order, row 0 unknown, the others rising.
+    """
+    _, found_QK = index.search(query_QD, k)
+    rows_QK = np.searchsorted(item_ids_N[1:], found_QK) + 1
+    return np.where(found_QK == -1, -1, rows_QK)
+
+
+class IndexRebuilder:
+    """Publishes and judges indexes behind the back of the training loop, one at a time and in order.
+
+    Lives on the first worker. Its results are read when they are needed (`finished`, `all_results`), where an error of
+    the thread is raised too.
+    """
+
+    def __init__(self, parent: Path, config: IndexConfig, provenance: dict, validation: Requests,
+                 item_ids_N: np.ndarray, at: list[int], on_result: Callable[[PublishedIndex], None]):
+        self._parent, self._config, self._provenance = parent, config, provenance
+        self._validation, self._item_ids_N, self._at, self._on_result = validation, item_ids_N, at, on_result
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="watchtower-index")
+        self._pending: list[Future] = []
+
+    def submit(self, vectors_ND: np.ndarray, item_ids_N: np.ndarray, query_QD: np.ndarray, *, epoch: int, step: int,
+               watermark_ms: int) -> None:
+        """Hands the vectors over; returns at once."""
+        self._pending.append(self._thread.submit(self._rebuild, vectors_ND, item_ids_N, query_QD, epoch, step,
+                                                 watermark_ms))
+
+    def results(self, wait_for: int) -> list[PublishedIndex]:
+        """The results of the first `wait_for` rebuilds, waiting for them if need be.
+
+        Raises:
+            QualityGateError, WatchtowerError: what a rebuild ended with.
+        """
+        return [future.result() for future in self._pending[:wait_for]]
+
+    def all_results(self) -> list[PublishedIndex]:
+        return self.results(len(self._pending))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _rebuild(self, vectors_ND, item_ids_N, query_QD, epoch, step, watermark_ms) -> PublishedIndex:
+        began = time.perf_counter()
+        # Spread over the requests, so that the sample is of many users.
+        sample_QD = query_QD[:: max(1, len(query_QD) // self._config.recall_queries)][:self._config.recall_queries]
+        if not len(sample_QD):
+            sample_QD = vectors_ND[:self._config.recall_queries]
+        folder, facts = publish_index(self._parent, vectors_ND, item_ids_N, self._config, epoch=epoch, step=step,
+                                      watermark_ms=watermark_ms, sample_QD=sample_QD, provenance=self._provenance)
+        validation: dict[str, float] = {}
+        if len(query_QD):
+            verify(folder)
+            index = ItemIndex.load(folder, mmap=False)
+            rows_QK = search_rows(index, query_QD, max(self._at), self._item_ids_N)
+            metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1,
+                                                  self._validation.relevant_rows), self._at)
+            validation = {name: float(np.nanmean(values)) for name, values in metrics.items()}
+        result = PublishedIndex(folder=str(folder), epoch=epoch, step=step, watermark_ms=watermark_ms,
+                                items=len(item_ids_N), validation=validation, **facts)
+        self._on_result(result, time.perf_counter() - began)
+        return result

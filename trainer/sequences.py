@@ -1,0 +1,436 @@
+"""User sequences: the logs grouped by user and sorted by time, in shards that are read through a memory map.
+
+    sequences/
+      manifest.json                 config and input fingerprint, statistics, sizes and checksums of the files
+      shard-00000.events.arrow      one uncompressed record batch, no nulls, sorted by user and time
+      shard-00000.users.arrow       user_id int64, offset int64 and length int32 into the events
+      catalogue.arrow, users.arrow  features (catalogue.py)
+      vocabulary/items.parquet      item_id, row; and one file for each other vocabulary (value, row)
+
+Columns of an event: item_row int32 (vocabulary row, 0 unknown) · timestamp_ms int64 · watch_time_s float32 (NaN:
+unknown) · duration_s float32 (of the log, else of the catalogue; NaN: unknown) · is_effective, is_target, is_ordinal
+uint8 · session int64 where data.session names one (NULL_SESSION: none) · feedback_<name> int8 (-1: unknown) for each of
+data.feedback.
+
+A user is in the shard that a seeded hash of the id gives. Within a shard users are sorted by id, their events by time,
+then item, then by the remaining columns, so the sequences depend on the set of rows alone: not on the order of the
+logs, nor on how they are cut into files. Rows that are equal in every kept column are one event; the others of them are
+quarantined as `duplicate`.
+
+Shape suffixes: U = users of a shard, E = its events, B = ids looked up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.errors import InputError
+from configs.schema import Config, SplitConfig
+from trainer.catalogue import Catalogue, UserFeatures, map_batch, write_batch
+from trainer.logs import QUARANTINE_SCHEMA, Piece, Wanted, cast_column, check_columns, corrupt, list_files
+from trainer.vocabulary import Vocabulary
+
+HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+SHARD_SEED = 0x5EED0F5A4D  # not a seed that split.test_users would take: shards and held-out users are independent
+WATCH_BINS = 4096  # of the statistics' histogram over log1p(seconds): 0.3% of a watch time wide
+
+
+# ------------------------------------------------------------------------------------------------------ which shard
+
+def user_hash(user_ids: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 hash of int64 user ids, uniform for any ids: SplitMix64 of the id, keyed by the mixed seed."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.asarray([seed & 0xFFFFFFFFFFFFFFFF], np.uint64))
+        return _mix(np.asarray(user_ids, np.int64).view(np.uint64) ^ key)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shard_of(user_ids: np.ndarray, shards: int) -> np.ndarray:
+    """int32 shard of each user."""
+    return (user_hash(user_ids, SHARD_SEED) % np.uint64(shards)).astype(np.int32)
+
+
+# --------------------------------------------------------------------------------------------------- writing a shard
+
+@dataclass
+class ShardSummary:
+    """What a shard's task tells: counts that add up over shards."""
+
+    shard: int
+    rows: int = 0
+    users: int = 0
+    duplicates: int = 0
+    effective: int = 0
+    targets: int = 0
+    ordinal: int = 0
+    null_watch: int = 0
+    longest: int = 0
+    first_ms: int | None = None
+    last_ms: int | None = None
+    hours: dict[int, int] = field(default_factory=dict)  # local hour since 1970: rows
+    watch: dict[int, int] = field(default_factory=dict)  # bin of log1p(watch time): rows
+    feedback: dict[str, list[int]] = field(default_factory=dict)  # name: [true, unknown]
+
+
+def empty_rows(session: bool, feedback: list[str]) -> pa.Table:
+    """Clean rows of a shard without users."""
+    types = {"user_id": np.int64, "order": np.int64, "item_row": np.int32, "timestamp_ms": np.int64,
+             "watch_time_s": np.float32, "duration_s": np.float32, "is_effective": np.uint8, "is_target": np.uint8,
+             "is_ordinal": np.uint8}
+    types |= {"session": np.int64} if session else {}
+    types |= {f"feedback_{name}": np.int8 for name in feedback}
+    return pa.table({name: np.zeros(0, dtype) for name, dtype in types.items()})
+
+
+def write_shard(folder: Path, shard: int, rows: pa.Table, *, pieces: list[Piece], vocabulary: Vocabulary,
+                utc_offset_h: float, max_watch_s: float) -> tuple[ShardSummary, pa.Table, pa.Table]:
+    """Sort the rows of a shard, take the duplicates out and write its two files, each at once and whole.
+
+    Args:
+        rows: the shard's clean rows in any order, as `logs.clean` gives them.
+        pieces: all pieces of the input, to name the source of a duplicate.
+
+    Returns:
+        The summary; the duplicates as quarantine rows; and item_row, first_seen_ms, longest_duration_s of its items.
+    """
+    columns = {name: rows[name].to_numpy() for name in rows.column_names if name != "shard"}
+    columns, duplicates = sort_events(columns)
+    user_id_U, offset_U, length_U = np.unique(columns.pop("user_id"), return_index=True, return_counts=True)
+    columns.pop("order")
+    whole_file(folder / f"shard-{shard:05d}.events.arrow", lambda path: write_batch(path, columns))
+    whole_file(folder / f"shard-{shard:05d}.users.arrow", lambda path: write_batch(path, {
+        "user_id": user_id_U, "offset": offset_U.astype(np.int64), "length": length_U.astype(np.int32)}))
+    summary = summarize(shard, columns, length_U, utc_offset_h, max_watch_s)
+    summary.duplicates = len(duplicates["order"])
+    return summary, _as_quarantine(duplicates, pieces, vocabulary), _items_seen(columns)
+
+
+def sort_events(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Sort by user, time, item and the rest, and part the exact duplicates (all columns but `order` equal).
+
+    Of equal rows the one that comes first in the input (the least `order`) is kept.
+
+    Returns:
+        The sorted events and the duplicates, both as columns.
+    """
+    user, time, item = columns["user_id"], columns["timestamp_ms"], columns["item_row"]
+    at = np.lexsort((item, time, user))
+    same = np.zeros(len(at), bool)
+    same[1:] = (np.diff(user[at]) == 0) & (np.diff(time[at]) == 0) & (np.diff(item[at]) == 0)
+    tied = same.copy()
+    tied[:-1] |= same[1:]
+    duplicate = np.zeros(len(at), bool)
+    if tied.any():  # rare, so that only ties pay for comparing every column
+        place = np.flatnonzero(tied)
+        group = np.cumsum(~same)[place]
+        rest = [_bits(columns[name])[at[place]] for name in columns
+                if name not in ("user_id", "timestamp_ms", "item_row", "order")]
+        by = np.lexsort((columns["order"][at[place]], *reversed(rest), group))
+        at[place] = at[place][by]
+        equal = np.ones(len(place) - 1, bool) & (np.diff(group) == 0)
+        for values in rest:
+            equal &= np.diff(values[by]) == 0
+        duplicate[place[1:]] = equal
+    kept, dropped = at[~duplicate], at[duplicate]
+    return ({name: values[kept] for name, values in columns.items()},
+            {name: values[dropped] for name, values in columns.items()})
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """Values that compare as equal exactly where the stored bits do (NaN equals NaN)."""
+    return values.view(np.int32) if values.dtype == np.float32 else values
+
+
+def _as_quarantine(duplicates: dict[str, np.ndarray], pieces: list[Piece], vocabulary: Vocabulary) -> pa.Table:
+    order = duplicates["order"]
+    if not len(order):
+        return QUARANTINE_SCHEMA.empty_table()
+    starts = np.array([p.order for p in pieces])
+    piece = np.searchsorted(starts, order, side="right") - 1
+    row = order - starts[piece] + np.array([p.first_row for p in pieces])[piece]
+    sources = pa.array([p.source for p in pieces]).take(pa.array(piece))
+    watch = duplicates["watch_time_s"].astype(np.float64)
+    return pa.table([pa.array(["duplicate"] * len(order)), sources, pa.array(row), duplicates["user_id"],
+                     pa.array(vocabulary.ids_of(duplicates["item_row"])), duplicates["timestamp_ms"],
+                     pa.array(watch, mask=np.isnan(watch))], schema=QUARANTINE_SCHEMA)
+
+
+def _items_seen(columns: Mapping[str, np.ndarray]) -> pa.Table:
+    at = np.argsort(columns["item_row"], kind="stable")
+    item = columns["item_row"][at]
+    start = np.flatnonzero(np.diff(item, prepend=-1))
+    if not len(at):
+        return pa.table({"item_row": item, "first_seen_ms": np.zeros(0, np.int64),
+                         "longest_duration_s": np.zeros(0, np.float32)})
+    return pa.table({"item_row": item[start], "first_seen_ms": np.minimum.reduceat(columns["timestamp_ms"][at], start),
+                     "longest_duration_s": np.fmax.reduceat(columns["duration_s"][at], start)})
+
+
+def summarize(shard: int, columns: Mapping[str, np.ndarray], length_U: np.ndarray, utc_offset_h: float,
+              max_watch_s: float) -> ShardSummary:
+    """Count what the manifest's statistics need of a shard's events."""
+    time, watch = columns["timestamp_ms"], columns["watch_time_s"]
+    summary = ShardSummary(shard, len(time), len(length_U))
+    if not len(time):
+        return summary
+    for name, column in (("effective", "is_effective"), ("targets", "is_target"), ("ordinal", "is_ordinal")):
+        setattr(summary, name, int(columns[column].sum()))
+    known = watch[~np.isnan(watch)]
+    summary.null_watch = len(watch) - len(known)
+    summary.longest = int(length_U.max())
+    summary.first_ms, summary.last_ms = int(time.min()), int(time.max())
+    summary.hours = _counts((time + round(utc_offset_h * HOUR_MS)) // HOUR_MS)
+    scale = WATCH_BINS / np.log1p(max_watch_s)
+    summary.watch = _counts((np.log1p(known.astype(np.float64)) * scale).astype(np.int64))
+    summary.feedback = {name.removeprefix("feedback_"): [int((v == 1).sum()), int((v < 0).sum())]
+                        for name, v in columns.items() if name.startswith("feedback_")}
+    return summary
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def whole_file(path: Path, write) -> None:
+    """Write a file beside its place and rename it: it is there whole or not at all, whoever else writes it too."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the statistics
+
+def merge_summaries(summaries: list[ShardSummary], utc_offset_h: float, max_watch_s: float) -> dict:
+    """The statistics of all shards, as they stand in the manifest.
+
+    `end_99_9_ms` is the end of the local hour before which 99.9% of the rows lie: later rows are stragglers.
+    """
+    def total(name: str) -> int:
+        return sum(getattr(s, name) for s in summaries)
+
+    rows, hours, watch, feedback = total("rows"), {}, {}, {}
+    for s in summaries:
+        for into, counts in ((hours, s.hours), (watch, s.watch)):
+            for key, count in counts.items():
+                into[int(key)] = into.get(int(key), 0) + count
+        for name, counts in s.feedback.items():
+            feedback[name] = [a + b for a, b in zip(feedback.get(name, [0, 0]), counts, strict=True)]
+    days: dict[str, int] = {}
+    for hour in sorted(hours):
+        day = datetime.fromtimestamp(hour // 24 * 86_400, UTC).date().isoformat()
+        days[day] = days.get(day, 0) + hours[hour]
+    offset_ms = round(utc_offset_h * HOUR_MS)
+    last_hour = _quantile_bin(hours, 0.999)
+    scale = np.log1p(max_watch_s) / WATCH_BINS
+    quantiles = {}
+    for share in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        at = _quantile_bin(watch, share)  # None where no watch time is known; bin 0 begins at 0 s
+        middle = None if at is None else float(np.expm1((at + 0.5 * (at > 0)) * scale))
+        quantiles[f"p{round(share * 100)}"] = middle if middle is None else round(middle, 4)
+    return {
+        "rows": rows, "users": total("users"), "effective": total("effective"), "targets": total("targets"),
+        "ordinal": total("ordinal"), "duplicates": total("duplicates"),
+        "null_watch_share": total("null_watch") / rows if rows else None, "watch_time_s": quantiles,
+        "longest_sequence": max((s.longest for s in summaries), default=0),
+        "first_timestamp_ms": min((s.first_ms for s in summaries if s.first_ms is not None), default=None),
+        "last_timestamp_ms": max((s.last_ms for s in summaries if s.last_ms is not None), default=None),
+        "end_99_9_ms": None if last_hour is None else (last_hour + 1) * HOUR_MS - offset_ms,
+        "rows_by_day": days,
+        "feedback": {name: {"true": true, "unknown": unknown} for name, (true, unknown) in feedback.items()},
+    }
+
+
+def _quantile_bin(counts: dict[int, int], share: float) -> int | None:
+    if not counts:
+        return None
+    keys = sorted(counts)
+    cumulated = np.cumsum([counts[k] for k in keys])
+    return keys[int(np.searchsorted(cumulated, share * cumulated[-1]))]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """A shard's users and events as memory-mapped arrays; user u has events offset_U[u] to offset_U[u] + length_U[u].
+
+    Arrays are read-only. The mapping lives as long as any of them does.
+    """
+
+    user_id_U: np.ndarray  # int64, sorted
+    offset_U: np.ndarray  # int64
+    length_U: np.ndarray  # int32
+    item_row_E: np.ndarray  # int32
+    timestamp_ms_E: np.ndarray  # int64
+    watch_time_s_E: np.ndarray  # float32, NaN unknown
+    duration_s_E: np.ndarray  # float32, NaN unknown
+    is_effective_E: np.ndarray  # bool
+    is_target_E: np.ndarray  # bool
+    is_ordinal_E: np.ndarray  # bool
+    session_E: np.ndarray | None  # int64, NULL_SESSION none
+    feedback: dict[str, np.ndarray]  # int8 E each, -1 unknown
+
+
+class SequenceStore:
+    """A published sequences folder. Opening it reads the manifest alone; shards, vocabulary and catalogue come when
+    they are asked for, and a shard keeps no file open.
+
+    Raises:
+        InputError: if the folder holds no sequences.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        try:
+            self.manifest: dict = json.loads((self.folder / "manifest.json").read_bytes())
+            self.shards: int = self.manifest["shards"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.folder}: no sequences there ({error}). Run watchtower ingest first.") from error
+
+    def open(self, shard: int) -> SequenceShard:
+        """Map one of the shards 0..shards - 1.
+
+        Raises:
+            InputError: if its files are missing or damaged.
+        """
+        users = map_batch(self.folder / f"shard-{shard:05d}.users.arrow")
+        events = map_batch(self.folder / f"shard-{shard:05d}.events.arrow")
+
+        def column(name: str) -> np.ndarray:
+            return events[name].to_numpy()
+
+        return SequenceShard(
+            users["user_id"].to_numpy(), users["offset"].to_numpy(), users["length"].to_numpy(), column("item_row"),
+            column("timestamp_ms"), column("watch_time_s"), column("duration_s"),
+            *(column(name).view(np.bool_) for name in ("is_effective", "is_target", "is_ordinal")),
+            column("session") if "session" in events.schema.names else None,
+            {name.removeprefix("feedback_"): column(name) for name in events.schema.names
+             if name.startswith("feedback_")})
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.folder / "vocabulary" / "items.parquet")
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.open(self.folder)
+
+    @cached_property
+    def users(self) -> UserFeatures | None:
+        """The users' features; None where no users table was given."""
+        return UserFeatures.open(self.folder) if (self.folder / "users.arrow").exists() else None
+
+
+# -------------------------------------------------------------------------------------------------------- the split
+
+@dataclass(frozen=True)
+class SplitTimes:
+    """Training is before `validation_start_ms`, validation before `test_start_ms`, the test before `test_end_ms`."""
+
+    validation_start_ms: int
+    test_start_ms: int
+    test_end_ms: int
+
+
+def split_times(config: Config, manifest: Mapping) -> SplitTimes:
+    """When validation and test begin and end, Unix ms. A date of the config is its midnight at data.utc_offset_h.
+
+    A null test_end is the midnight after the local day in which 99.9% of the rows have been seen, so that a few
+    stragglers do not move it; a null test_start lies `test_days` before that end, a null validation_start
+    `validation_days` before the test's start.
+
+    Args:
+        manifest: of the sequences.
+
+    Raises:
+        InputError: if the three are not in order, or nothing is left to train on.
+    """
+    split, offset_ms = config.split, round(config.data.utc_offset_h * HOUR_MS)
+    statistics = manifest["statistics"]
+
+    def midnight(day: date) -> int:
+        return (day - date(1970, 1, 1)).days * DAY_MS - offset_ms
+
+    if split.test_end is not None:
+        end = midnight(split.test_end)
+    else:
+        end = -(-(statistics["end_99_9_ms"] + offset_ms) // DAY_MS) * DAY_MS - offset_ms
+    start = midnight(split.test_start) if split.test_start else end - round(split.test_days * DAY_MS)
+    validation = (midnight(split.validation_start) if split.validation_start
+                  else start - round(split.validation_days * DAY_MS))
+    first, last = statistics["first_timestamp_ms"], statistics["last_timestamp_ms"]
+    logs = f"the logs run from {_local(first, offset_ms)} to {_local(last, offset_ms)}"
+    if not validation < start < end:
+        raise InputError(f"split: validation begins {_local(validation, offset_ms)}, the test "
+                         f"{_local(start, offset_ms)}, and it ends {_local(end, offset_ms)}; they must follow each "
+                         f"other ({logs}).")
+    if validation <= first:
+        raise InputError(f"split: validation begins {_local(validation, offset_ms)}, but {logs}: nothing is left to "
+                         "train on. Set split.validation_start and split.test_start, or fewer split.validation_days "
+                         "and split.test_days (fractions of a day will do).")
+    if start > last:
+        raise InputError(f"split: the test begins {_local(start, offset_ms)}, but {logs}. Set an earlier "
+                         "split.test_start.")
+    return SplitTimes(validation, start, end)
+
+
+def _local(time_ms: int, offset_ms: int) -> str:
+    return f"{datetime.fromtimestamp((time_ms + offset_ms) // 1000, UTC):%Y-%m-%d %H:%M}"
+
+
+def is_test_user(user_ids: np.ndarray, split: SplitConfig) -> np.ndarray | None:
+    """bool, true for the held-out users of split.test_users; None where it names none.
+
+    A share holds a user out if the seeded hash of the id lies in the first `share` of the hash's range: the same users
+    whatever else is in the logs, and a larger share holds the smaller one's users.
+
+    Args:
+        user_ids: int64.
+
+    Raises:
+        InputError: if the file of users is missing or has no int64 `user_id`.
+    """
+    if split.test_users is None:
+        return None
+    if isinstance(split.test_users, str):
+        files = list_files(split.test_users, "split.test_users")
+        return np.isin(user_ids, _users_of(tuple(files)))
+    share = split.test_users.share
+    return user_hash(user_ids, split.test_users.seed).astype(np.float64) < share * 2.0**64
+
+
+@lru_cache(maxsize=4)
+def _users_of(files: tuple) -> np.ndarray:
+    wanted = Wanted("user_id", "user_id", "id")
+    found = []
+    for file in files:
+        try:
+            with file.open() as handle:
+                parquet = pq.ParquetFile(handle)
+                check_columns(parquet.schema_arrow, [wanted], file.name)
+                column = parquet.read(columns=["user_id"])["user_id"]
+        except (pa.ArrowException, OSError) as error:
+            raise corrupt(file.name, error) from error
+        found.append(cast_column(column, wanted, file.name).drop_null().to_numpy())
+    return np.unique(np.concatenate(found))
