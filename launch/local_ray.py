@@ -15,7 +15,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,6 +138,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             raise WatchtowerError(f"a local Ray did not start ({_first_line(error)}); its logs: {folder}") from error
         keep_logs = False
         try:
+            _take_back_sigterm()
             total = ray.cluster_resources()
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
             yield Cluster(address, total.get("CPU", 0.0), total.get("GPU", 0.0), nodes, time.perf_counter() - begin)
@@ -154,6 +157,14 @@ def start_ray(config: Config) -> Iterator[Cluster]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _take_back_sigterm() -> None:
+    """Ray puts a C handler in the place of Python's, which prints a stack and aborts; Python's ends us in order."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _first_line(error: BaseException) -> str:

@@ -54,24 +54,27 @@ class ItemBatch:
 
 @dataclass
 class WindowBatch:
-    """B windows of P positions over the U items beside them. All int64 but the masks.
+    """B windows of up to P positions over the U items beside them. All int64.
 
-    item_BP: index into the items. watch_bucket_BP: what was watched of x_i (0: unknown). condition_bucket_BP: W_i.
-    hour_BP: 0 unknown, else 1 + hour of the day of the request. gap_BP: 0 unknown, else the log bucket of the time
-    since the last view. inside_BP: bool, positions that hold a view. target_BP: bool, positions the loss is taken at.
-    length_B: positions inside. user_B: user ids, for messages.
+    What is known of positions is packed: V of them hold a view, in window order, and nothing is computed for the rest.
+
+    place_V: position b * P + p of each. item_V: index into the items. watch_bucket_V: what was watched of x_i (0:
+    unknown). condition_bucket_V: W_i. hour_V: 0 unknown, else 1 + hour of the day of the request. gap_V: 0 unknown,
+    else the log bucket of the time since the last view. read_R: the packed positions that user vectors are read at,
+    the targets in training and the last ones of requests. user_B: user ids, for messages. windows, positions: B, P.
     """
 
     items: ItemBatch
-    item_BP: Tensor
-    watch_bucket_BP: Tensor
-    condition_bucket_BP: Tensor
-    hour_BP: Tensor
-    gap_BP: Tensor
-    inside_BP: Tensor
-    target_BP: Tensor
-    length_B: Tensor
+    place_V: Tensor
+    item_V: Tensor
+    watch_bucket_V: Tensor
+    condition_bucket_V: Tensor
+    hour_V: Tensor
+    gap_V: Tensor
+    read_R: Tensor
     user_B: Tensor
+    windows: int
+    positions: int
 
     def to(self, device: torch.device) -> WindowBatch:
         return _moved(self, device)
@@ -83,8 +86,10 @@ Moving = TypeVar("Moving", ItemBatch, WindowBatch)
 def _moved(batch: Moving, device: torch.device) -> Moving:
     if device.type == "cpu":
         return batch
-    return replace(batch, **{f.name: value if (value := getattr(batch, f.name)) is None
-                             else value.to(device, non_blocking=True) for f in fields(batch)})
+    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {name: value.to(device) if isinstance(value, ItemBatch) else value.to(device, non_blocking=True)
+             for name, value in moved.items() if hasattr(value, "to")}
+    return replace(batch, **moved)
 
 
 class ItemFeatures:
@@ -158,7 +163,7 @@ class Collation:
         length_B = columns["length"]
         keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
         condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
-        return self._finish(features, columns, condition_BP, length_B)
+        return self._finish(features, columns, condition_BP, length_B, columns["target"])
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
                       time_ms_Q: np.ndarray, condition_Q: np.ndarray) -> WindowBatch:
@@ -169,8 +174,9 @@ class Collation:
         columns = self._gather(views, begin_Q, end_Q, end_Q, request_time_ms=time_ms_Q)
         length_B = columns["length"]
         condition_BP = columns["watch_s"].astype(np.float64)
-        condition_BP[np.arange(len(length_B)), length_B - 1] = condition_Q
-        return self._finish(features, columns, condition_BP, length_B)
+        last_BP = np.arange(condition_BP.shape[1]) == (length_B - 1)[:, None]
+        condition_BP[last_BP] = condition_Q
+        return self._finish(features, columns, condition_BP, length_B, last_BP)
 
     def _gather(self, views: TargetViews, begin_B, end_B, first_target_B, request_time_ms=None) -> dict:
         asks = request_time_ms is not None
@@ -198,7 +204,7 @@ class Collation:
                 "ordinal": ordinal_BP, "inside": inside_BP, "target": target_BP, "length": length_B,
                 "user": views.user_id_U[owner_B]}
 
-    def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B) -> WindowBatch:
+    def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B, read_BP) -> WindowBatch:
         inside_BP, time_BP = columns["inside"], columns["time"]
         unknown_time_BP = columns["ordinal"] | ~inside_BP
         hour_BP = np.where(unknown_time_BP, 0, 1 + (time_BP + self.utc_offset_ms) // 3_600_000 % HOURS)
@@ -207,28 +213,32 @@ class Collation:
         no_gap_BP[:, 0] = True
         gap_s = np.clip(gap_ms / 1000.0, 0.0, GAP_MAX_S)
         gap_BP = np.where(no_gap_BP, 0, 1 + np.minimum(
-            np.floor(np.log1p(gap_s) / np.log1p(GAP_MAX_S) * GAP_BUCKETS), GAP_BUCKETS - 1)).astype(np.int64)
+            np.floor(np.log1p(gap_s) / np.log1p(GAP_MAX_S) * GAP_BUCKETS), GAP_BUCKETS - 1))
         if self.kind == "none":
             wanted_BP = np.full(inside_BP.shape, np.nan)
         else:
             wanted_BP = returns(self.kind, columns["watch_s"], condition_BP, length_B)
-        row_U, item = np.unique(columns["item_row"], return_inverse=True)
+        place_V = np.flatnonzero(inside_BP)
+
+        def packed(values_BP: np.ndarray) -> Tensor:
+            return torch.from_numpy(values_BP.ravel()[place_V].astype(np.int64))
+
+        row_U, item_V = np.unique(columns["item_row"].ravel()[place_V], return_inverse=True)
         return WindowBatch(
-            items=features.take(row_U.astype(np.int64)),
-            item_BP=torch.from_numpy(item.reshape(inside_BP.shape).astype(np.int64)),
-            watch_bucket_BP=torch.from_numpy(self.buckets.encode(columns["watch_s"])),
-            condition_bucket_BP=torch.from_numpy(self.buckets.encode(wanted_BP)),
-            hour_BP=torch.from_numpy(hour_BP.astype(np.int64)), gap_BP=torch.from_numpy(gap_BP),
-            inside_BP=torch.from_numpy(inside_BP), target_BP=torch.from_numpy(columns["target"]),
-            length_B=torch.from_numpy(np.asarray(length_B, dtype=np.int64)),
-            user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)))
+            items=features.take(row_U.astype(np.int64)), place_V=torch.from_numpy(place_V),
+            item_V=torch.from_numpy(item_V.ravel().astype(np.int64)),
+            watch_bucket_V=packed(self.buckets.encode(columns["watch_s"])),
+            condition_bucket_V=packed(self.buckets.encode(wanted_BP)), hour_V=packed(hour_BP), gap_V=packed(gap_BP),
+            read_R=torch.from_numpy(np.flatnonzero(read_BP.ravel()[place_V])),
+            user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
+            windows=len(inside_BP), positions=inside_BP.shape[1])
 
     def _empty(self, features: ItemFeatures) -> WindowBatch:
         columns = {"item_row": np.zeros((1, 1), np.int64), "watch_s": np.full((1, 1), np.nan),
                    "time": np.zeros((1, 1), np.int64), "ordinal": np.ones((1, 1), bool),
                    "inside": np.ones((1, 1), bool), "target": np.zeros((1, 1), bool),
                    "length": np.ones(1, np.int64), "user": np.zeros(1, np.int64)}
-        return self._finish(features, columns, columns["watch_s"], columns["length"])
+        return self._finish(features, columns, columns["watch_s"], columns["length"], columns["target"])
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

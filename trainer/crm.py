@@ -8,7 +8,7 @@ Score: s(u, i) = similarity(u, v_i) + b_i with b_i = log q_i + delta_i, delta_i 
 loss log q comes off again (logQ correction), so the softmax trains u, v and delta against the item's popularity, and
 the index, which adds log q back, ranks by the estimate of log p(i | user, W).
 
-Shape suffixes: U = items of the batch, B = windows, P = positions, D = width, R = local targets, G = targets of all.
+Shape suffixes: U = items of the batch, V = views, D = width, R = positions read (local targets), G = targets of all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs.schema import CrmConfig, ModelConfig
 from embeddings.similarity import Similarity
@@ -92,12 +93,12 @@ class CrmModel(nn.Module):
     def loss(self, batch: WindowBatch, tables: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """In-batch softmax over the targets of all workers (Eq. 2) at every target position."""
         hidden_UD = self.items(batch.items, tables)
-        user_RD = self._users(hidden_UD, batch)[batch.target_BP]
-        target_R = batch.item_BP[batch.target_BP]
+        user_RD = self._users(hidden_UD, batch)
+        target_R = batch.item_V.index_select(0, batch.read_R)
         vector_UD, delta_U = self.item_tower(hidden_UD)
         rows_per_rank = count_rows(len(target_R), target_R.device)
         # One gather for the vectors and the bias, one for the ids: collectives on a CPU cost more than their bytes.
-        own_RE = torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float()[target_R]
+        own_RE = F.embedding(target_R, torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float())
         known_R2 = torch.stack([batch.items.row_U[target_R].double(), batch.items.log_q_U[target_R].double()], dim=1)
         item_GE = gather_with_gradient(own_RE, rows_per_rank=rows_per_rank)
         known_G2 = gather_ids(known_R2, rows_per_rank=rows_per_rank)
@@ -116,10 +117,8 @@ class CrmModel(nn.Module):
         return self.similarity.index_vectors(vector_UD.float(), bias_U)
 
     def query_vectors(self, batch: WindowBatch, tables: dict[str, Tensor]) -> Tensor:
-        """float32 (B, D + 1): what the index is asked with, read at each window's last position."""
-        user_BPD = self._users(self.items(batch.items, tables), batch)
-        rows = torch.arange(len(batch.length_B), device=user_BPD.device)
-        return self.similarity.query_vectors(user_BPD[rows, batch.length_B - 1].float())
+        """float32 (R, D + 1): what the index is asked with, one for each request of the batch."""
+        return self.similarity.query_vectors(self._users(self.items(batch.items, tables), batch).float())
 
     def _users(self, hidden_UD: Tensor, batch: WindowBatch) -> Tensor:
         return self.user_tower(self.views(hidden_UD, batch), batch)

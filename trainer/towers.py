@@ -10,7 +10,11 @@ Without the condition (`conditioned=False`) only the W tokens or w_{n+1} are tak
 feature of every x. In the transformer u_i is then read at x_{i-1} (a learned start token for i = 1): the backbone of
 KuaiFormer (arXiv:2411.10057) is the ablation.
 
-Shape suffixes: U = items, T = tags of the items, B = windows, P = positions, D = width, R = rows of a loss.
+Positions that hold no view are never computed: views are packed, and unpacked only where a matrix needs them side by
+side. Rows are taken with `F.embedding`, whose backward on a CPU is several times faster than that of `x[index]`.
+
+Shape suffixes: U = items, T = tags of the items, B = windows, P = positions, V = views (packed positions), D = width,
+R = positions that user vectors are read at, S = tokens.
 """
 
 from __future__ import annotations
@@ -80,9 +84,9 @@ class ViewEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_UD: Tensor, batch: WindowBatch) -> Tensor:
-        """float (B, P, dim), x_i of every position."""
-        token_BPD = F.embedding(batch.item_BP, self.item(hidden_UD)) + self.watch(batch.watch_bucket_BP)
-        return self.dropout(self.norm(token_BPD))
+        """float (V, dim), x_i of every view."""
+        token_VD = F.embedding(batch.item_V, self.item(hidden_UD)) + self.watch(batch.watch_bucket_V)
+        return self.dropout(self.norm(token_VD))
 
 
 class ClockEncoder(nn.Module):
@@ -96,8 +100,8 @@ class ClockEncoder(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """float (B, P, dim)."""
-        return self.hour(batch.hour_BP) + self.gap(batch.gap_BP)
+        """float (R, dim), at the positions that are read."""
+        return self.hour(batch.hour_V[batch.read_R]) + self.gap(batch.gap_V[batch.read_R])
 
 
 class ConditionEncoder(nn.Module):
@@ -108,9 +112,9 @@ class ConditionEncoder(nn.Module):
         self.lookup = nn.Embedding(watch_rows, dim)
         nn.init.normal_(self.lookup.weight, std=0.02)
 
-    def forward(self, bucket_BP: Tensor) -> Tensor:
-        """float (B, P, dim)."""
-        return self.lookup(bucket_BP)
+    def forward(self, bucket: Tensor) -> Tensor:
+        """int64 of any shape to float (.., dim)."""
+        return self.lookup(bucket)
 
 
 class DnnTower(nn.Module):
@@ -119,45 +123,52 @@ class DnnTower(nn.Module):
     Pool k at position i is sum_j<i decay_k^(i-1-j) x_j over its weights; decay 1 is the mean, decay 0 the last view.
     """
 
-    DECAYS = (1.0, 0.8, 0.0)
+    DECAYS = (1.0, 0.75, 0.0)
 
     def __init__(self, dim: int, hidden: int, out_dim: int, watch_rows: int, conditioned: bool, clock: bool,
                  dropout: float):
         super().__init__()
         self.condition = ConditionEncoder(dim, watch_rows) if conditioned else None
         self.clock = ClockEncoder(dim) if clock else None
-        width = dim * (len(self.DECAYS) + conditioned + clock)
+        width = dim * (len(self.DECAYS) + conditioned + clock) + 1
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
 
-    def forward(self, token_BPD: Tensor, batch: WindowBatch) -> Tensor:
-        """float (B, P, out_dim)."""
-        pools_BPE = self._pools(token_BPD, batch.inside_BP)
-        columns = [pools_BPE]
+    def forward(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """float (R, out_dim)."""
+        place_R = batch.place_V[batch.read_R]
+        length_R = torch.log1p((place_R % batch.positions).to(token_VD.dtype))
+        columns = [F.embedding(place_R, self._pools(token_VD, batch)), length_R[:, None]]
         if self.condition is not None:
-            condition_BPD = self.condition(batch.condition_bucket_BP)
-            columns.append(condition_BPD)
+            condition_RD = self.condition(batch.condition_bucket_V[batch.read_R])
+            columns.append(condition_RD)
         if self.clock is not None:
             columns.append(self.clock(batch))
-        user_BPD = self.mlp(torch.cat(columns, dim=2))
-        return user_BPD if self.condition is None else user_BPD + self.shortcut(condition_BPD)
+        user_RD = self.mlp(torch.cat(columns, dim=1))
+        return user_RD if self.condition is None else user_RD + self.shortcut(condition_RD)
 
-    def _pools(self, token_BPD: Tensor, inside_BP: Tensor) -> Tensor:
-        positions = torch.arange(token_BPD.shape[1], device=token_BPD.device)
-        ago_PP = positions[:, None] - 1 - positions[None, :]
-        past_PP = ago_PP >= 0
-        token_BPD = token_BPD * inside_BP[..., None]
+    def _pools(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """float (B * P, pools * D); padding is zero and comes last, so that it is in nobody's past."""
+        windows, positions = batch.windows, batch.positions
+        token_BPD = _unpacked(token_VD, batch.place_V, windows * positions).unflatten(0, (windows, positions))
+        place = torch.arange(positions, device=token_VD.device)
+        ago_PP = place[:, None] - 1 - place[None, :]
         pools = []
         for decay in self.DECAYS:
-            weight_PP = torch.where(past_PP, decay ** ago_PP.clamp(min=0).to(token_BPD.dtype), 0.0)
+            weight_PP = torch.where(ago_PP >= 0, decay ** ago_PP.clamp(min=0).to(token_VD.dtype), 0.0)
             weight_PP = weight_PP / weight_PP.sum(dim=1, keepdim=True).clamp(min=1e-9)
-            pools.append(torch.matmul(weight_PP.to(token_BPD.dtype), token_BPD))
-        return torch.cat(pools, dim=2)
+            pools.append(torch.matmul(weight_PP, token_BPD))
+        return torch.cat(pools, dim=2).flatten(0, 1)
+
+
+def _unpacked(packed_VD: Tensor, place_V: Tensor, places: int) -> Tensor:
+    """Puts packed rows to their places, zero elsewhere: float (places, D)."""
+    return packed_VD.new_zeros(places, packed_VD.shape[1]).index_copy(0, place_V, packed_VD)
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm causal self-attention and MLP. The key has no bias: its true gradient is zero."""
+    """Pre-norm causal self-attention and MLP over packed tokens. The key has no bias: its true gradient is zero."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -169,14 +180,17 @@ class TransformerLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """float (B, S, D) to the same."""
-        normed_BSD = self.norm_attention(x_BSD)
-        query, value = self.query_value(normed_BSD).chunk(2, dim=2)
-        split = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, self.key(normed_BSD), value)]
-        mixed = F.scaled_dot_product_attention(*split, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        x_BSD = x_BSD + self.drop(self.out(mixed.transpose(1, 2).flatten(2)))
-        return x_BSD + self.drop(self.mlp(self.norm_mlp(x_BSD)))
+    def forward(self, x_SD: Tensor, place_S: Tensor, windows: int, tokens: int) -> Tensor:
+        """float (S, D) to the same; place_S: b * tokens + t of each packed token, rising."""
+        normed_SD = self.norm_attention(x_SD)
+        query_value_key = torch.cat([self.query_value(normed_SD), self.key(normed_SD)], dim=1)
+        grid = _unpacked(query_value_key, place_S, windows * tokens).view(windows, tokens, 3, self.heads, -1)
+        query, value, key = grid.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        mixed_SD = F.embedding(place_S, mixed.transpose(1, 2).reshape(windows * tokens, -1))
+        x_SD = x_SD + self.drop(self.out(mixed_SD))
+        return x_SD + self.drop(self.mlp(self.norm_mlp(x_SD)))
 
 
 class DecisionTransformerTower(nn.Module):
@@ -196,25 +210,37 @@ class DecisionTransformerTower(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim * (1 + clock), hidden), nn.GELU(), nn.Linear(hidden, out_dim))
+        self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
 
-    def forward(self, token_BPD: Tensor, batch: WindowBatch) -> Tensor:
-        """float (B, P, out_dim)."""
-        windows, positions = batch.item_BP.shape
-        place_PD = self.position(torch.arange(positions, device=token_BPD.device))
-        token_BPD = token_BPD + place_PD
+    def forward(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """float (R, out_dim)."""
+        place_VD = self.position(batch.place_V % batch.positions)
         if self.condition is not None:
-            wanted_BPD = self.condition(batch.condition_bucket_BP) + place_PD
-            sequence_BSD = torch.stack([wanted_BPD, token_BPD], dim=2).flatten(1, 2)[:, :-1]
-            for layer in self.layers:
-                sequence_BSD = layer(sequence_BSD)
-            read_BPD = sequence_BSD[:, 0::2]
+            read_RD = self._conditioned(token_VD + place_VD, place_VD, batch)
         else:
-            start_BPD = self.start(batch.item_BP.new_zeros(windows, 1))
-            sequence_BSD = torch.cat([start_BPD, token_BPD[:, :-1]], dim=1)
-            for layer in self.layers:
-                sequence_BSD = layer(sequence_BSD)
-            read_BPD = sequence_BSD
-        read_BPD = self.norm(read_BPD)
+            read_RD = self._unconditioned(token_VD + place_VD, batch)
+        read_RD = self.norm(read_RD)
         if self.clock is not None:
-            read_BPD = torch.cat([read_BPD, self.clock(batch)], dim=2)
-        return self.head(read_BPD)
+            read_RD = torch.cat([read_RD, self.clock(batch)], dim=1)
+        user_RD = self.head(read_RD)
+        if self.condition is None:
+            return user_RD
+        return user_RD + self.shortcut(self.condition(batch.condition_bucket_V[batch.read_R]))
+
+    def _conditioned(self, token_VD: Tensor, place_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """W_i and x_i side by side. The last x of a window is a token that nobody sees."""
+        wanted_VD = self.condition(batch.condition_bucket_V) + place_VD
+        sequence_SD = torch.stack([wanted_VD, token_VD], dim=1).flatten(0, 1)
+        place_S = torch.stack([2 * batch.place_V, 2 * batch.place_V + 1], dim=1).flatten()
+        for layer in self.layers:
+            sequence_SD = layer(sequence_SD, place_S, batch.windows, 2 * batch.positions)
+        return F.embedding(2 * batch.read_R, sequence_SD)
+
+    def _unconditioned(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """A start token, then x_1, x_2, ..; what stands at position i is x_{i-1}."""
+        first_V = batch.place_V % batch.positions == 0
+        before_VD = torch.where(first_V[:, None], self.start(torch.zeros_like(batch.item_V[:1])),
+                                token_VD.roll(1, dims=0))
+        for layer in self.layers:
+            before_VD = layer(before_VD, batch.place_V, batch.windows, batch.positions)
+        return F.embedding(batch.read_R, before_VD)
