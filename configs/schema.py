@@ -70,7 +70,7 @@ class DataConfig(Section):
     max_watch_s: PositiveFloat = Field(86_400.0, description="seconds; a longer watch time is a bad row")
     max_bad_share: Share = Field(0.01, description="share of quarantined rows that stops the run")
     missing_items: Literal["quarantine", "keep"] = Field(
-        "quarantine", description="rows whose item the catalogue lacks: set aside, or kept on the unknown row")
+        "quarantine", description="rows whose item the catalogue lacks: set aside, or kept on rows of their own without features")
     item_categories: list[str] = Field(default_factory=list, description="categorical columns of the catalogue")
     user_categories: list[str] = Field(default_factory=list, description="categorical columns of the users table")
     shards: Positive | None = Field(None, description="sequence shards; null: one per 2 million rows, at least 8")
@@ -125,6 +125,7 @@ class ModelConfig(Section):
     permute_watch: bool = Field(False, description="train with watch times permuted among views (a null control)")
     bayes: bool = Field(False, description="also publish and judge this tower with the Bayes term in its index")
     epochs: Positive | None = Field(None, description="epochs of this model; null: train.epochs")
+    batch_rows: Positive | None = Field(None, description="windows in a global batch of this model; null: train's")
 
     @field_validator("name")
     @classmethod
@@ -249,7 +250,7 @@ class EvaluateConfig(Section):
     watch_prior_views: PositiveFloat = Field(10.0, description="views of the duration bin an item's mean is shrunk by")
     bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
     seed: Seed = Field(0, description="seed of the sampled queries and the bootstrap")
-    split_users: bool = Field(False, description="bootstrap over users (true) or over queries")
+    split_users: bool = Field(True, description="bootstrap over users (true) or over queries")
 
     @field_validator("strategies", mode="before")
     @classmethod

@@ -75,9 +75,8 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
         The target.
 
     Raises:
-        InputError: a manifest that is not JSON or holds `files`.
-        WatchtowerError: the disk is full, or the target is there with another manifest, or damaged, and `replace` is
-            not set.
+        InputError: a manifest that is not JSON or holds `files`; the disk is full.
+        WatchtowerError: the target is there with another manifest, or damaged, and `replace` is not set.
         Exception: whatever `write` raises. In every case nothing half-written is left.
     """
     target = Path(target)
@@ -94,7 +93,7 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
         _flush(target.parent)
     except Exception as error:
         if _says_disk_full(error):
-            raise WatchtowerError(f"{target}: the disk is full; nothing was published, make room and run again") from (
+            raise InputError(f"{target}: the disk is full; nothing was published, make room and run again") from (
                 error
             )
         raise
@@ -217,7 +216,7 @@ def _open_attempt(target: Path) -> tuple[Path, int]:
             attempt.mkdir()
         except OSError as error:
             if _says_disk_full(error):
-                raise WatchtowerError(f"{target}: the disk is full; nothing was published") from error
+                raise InputError(f"{target}: the disk is full; nothing was published") from error
             raise
         try:
             lock = os.open(attempt, os.O_RDONLY | os.O_DIRECTORY)

@@ -26,6 +26,7 @@ STAGE_COMMANDS = {  # what is typed: (stage, what it does)
     ("evaluate",): ("evaluate", "measure retrieval through the published indexes"),
     ("report",): ("report", "write report.html from what was measured"),
 }
+INTERRUPTED, TERMINATED = 130, 143
 NOT_BUILT = (("channels",), ("replay",), ("train", "router"), ("plan",), ("doctor",), ("submit",), ("serve",),
              ("nearline",))
 WORLD_DIALS = (  # option, type, what it is; the field of WorldSpec has the same name
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is returned."""
     argv = sys.argv[1:] if argv is None else list(argv)
     run_dir: str | None = None
+    arguments = None
     try:
         _end_on_sigterm()
         arguments = _parse(argv)
@@ -172,16 +174,23 @@ def main(argv: list[str] | None = None) -> int:
             _run(config, getattr(arguments, "stage", None))
         sys.stdout.flush()
         return 0
-    except SystemExit as leaving:  # argparse has said what there is to say
-        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except SystemExit as leaving:
+        if arguments is None:  # argparse has said what there is to say
+            return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+        return _interrupted(TERMINATED if leaving.code == TERMINATED else INTERRUPTED)
     except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on where it stopped")
-        return 130
+        return _interrupted(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         return _fail(error, run_dir)
+
+
+def _interrupted(code: int) -> int:
+    """Ctrl-C arrives as a KeyboardInterrupt, or, while Ray Train is at work, as its own SystemExit(1)."""
+    _say("interrupted; run the same command again to go on where it stopped")
+    return code
 
 
 def _end_on_sigterm() -> None:
@@ -190,7 +199,7 @@ def _end_on_sigterm() -> None:
     import threading
 
     def leave(*_: object) -> None:
-        raise SystemExit(143)
+        raise SystemExit(TERMINATED)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
@@ -260,18 +269,12 @@ def unwrap(error: BaseException) -> WatchtowerError | None:
         seen.add(id(current))
         chain.append(current)
         queue += _inside(current)
-    for each in chain:  # Ray's own subclass of ours, RayTaskError(InputError), has a traceback for a message
-        if isinstance(each, WatchtowerError) and not hasattr(each, "traceback_str"):
-            return each
-    for each in chain:
-        told = _told_in_text(str(each))
-        if told is not None:
-            return told
-    for each in chain:
-        known = _known_trouble(each)
-        if known is not None:
-            return known
-    return None
+    # Ray's own subclass of ours, RayTaskError(InputError), has a traceback for a message: its cause is what we want.
+    found = [each for each in chain if isinstance(each, WatchtowerError) and not hasattr(each, "traceback_str")]
+    found += [told for each in chain if (told := _told_in_text(str(each))) is not None]
+    exact = [each for each in found if each.exit_code != WatchtowerError.exit_code]
+    known = [trouble for each in chain if (trouble := _known_trouble(each)) is not None]
+    return next(iter([*exact, *known, *found]), None)  # "the workers failed" says less than why they did
 
 
 def _told_in_text(text: str) -> WatchtowerError | None:
@@ -297,6 +300,8 @@ def _known_trouble(error: BaseException) -> WatchtowerError | None:
     import errno
 
     full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, (InputError, QualityGateError)):
+        return None
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
     if (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error):
         return InputError(f"{where}the disk is full: nothing half-written was published; free some space, or set "

@@ -339,7 +339,8 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
         with peak_memory() as peak:
             result = call(config, run_dir) or {}
     except BaseException as error:
-        log.write("stage", stage=stage.name, status="failed", seconds=round(time.perf_counter() - begin, 2),
+        status = "failed" if isinstance(error, Exception) else "interrupted"
+        log.write("stage", stage=stage.name, status=status, seconds=round(time.perf_counter() - begin, 2),
                   error=type(error).__name__)
         raise
     noted = {**result, "stage": stage.name, "inputs": inputs.hash, "seconds": round(time.perf_counter() - begin, 3),

@@ -34,9 +34,10 @@ def evaluate_crm(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def write_results(config: Config, run_dir: Path) -> None:
     """metrics.json from what the run folder holds, and the pointer to the index that serves."""
+    from trainer.ceiling import synthetic_metrics
     from trainer.results import assemble, write_metrics, write_whole
 
-    metrics = assemble(run_dir, config)
+    metrics = assemble(run_dir, config) | {"synthetic": synthetic_metrics(run_dir, config)}
     write_metrics(run_dir, metrics)
     serving = _summary(run_dir, config.crm.published, config.seeds[0])
     if serving is not None:
@@ -154,6 +155,7 @@ def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
 def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, Any]:
     import ray.train.torch
 
+    from trainer.ceiling import write_ceiling
     from trainer.crm_data import CrmData
     from trainer.evaluate import evaluate_model, evaluate_popular
     from trainer.events import EventLog, memory_mib
@@ -178,6 +180,8 @@ def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, An
     summary = {"judged": _judgement(config)}
     if not judged("popular", 0, data.store.manifest["input"]["fingerprint"]):
         evaluate_popular(data, workers, write, summary | {"fingerprint": data.store.manifest["input"]["fingerprint"]})
+    if workers.first:
+        write_ceiling(data, write)
     for seed in config.seeds:
         for model in config.crm.models:
             if judged(model.name, seed, fingerprint(data, model)):

@@ -79,8 +79,9 @@ class CrmData:
     def plan(self, model: ModelConfig, seed: int, epoch: int, time_slice: tuple[int | None, int]) -> EpochPlan:
         """The batches of one epoch."""
         rule = self.rule(model, time_slice)
-        return EpochPlan(self.loader(model), self._window_counts(rule), rule, batch_rows=self.config.train.batch_rows,
-                         seed=seed, epoch=epoch, shuffle_shards=self.config.train.shuffle_shards)
+        return EpochPlan(self.loader(model), self._window_counts(rule), rule,
+                         batch_rows=model.batch_rows or self.config.train.batch_rows, seed=seed, epoch=epoch,
+                         shuffle_shards=self.config.train.shuffle_shards)
 
     def _window_counts(self, rule: WindowRule) -> np.ndarray:
         if rule not in self._counts:

@@ -19,6 +19,7 @@ Loading has an order, because DeepSpeed copies parameters when it starts and its
 """
 
 import gc
+import inspect
 import json
 import logging
 import math
@@ -225,6 +226,7 @@ class DenseEngine:
             return
         engine, self._engine = self._engine, None
         engine.destroy()
+        _forget_module(self._module)
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
         self._module = None
@@ -390,6 +392,19 @@ def _import_deepspeed(device: torch.device):
     # Its own copy of the world group would have a timeout of 30 minutes instead of the caller's.
     groups._WORLD_GROUP = dist.group.WORLD
     return deepspeed
+
+
+def _forget_module(module: nn.Module) -> None:
+    """Takes a module out of what ZeRO 3 keeps for the life of the process, and with it all its parameters and states: a
+    stack of modules that never loses the outermost, and a cache of what to release after each module."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    # The cached function stands inside a wrapper that only names it for the profiler.
+    inspect.getclosurevars(release).nonlocals["func"].cache_clear()
 
 
 def _deepspeed_config(spec: EngineSpec, module: nn.Module) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from configs.schema import ModelConfig
 from embeddings.index import ItemIndex
 from embeddings.snapshots import verify
 from trainer import checkpoint
+from trainer.ceiling import expected_watch
 from trainer.conditions import PastWatch, choose, past_watch
 from trainer.crm_data import CrmData
 from trainer.loop import TrainedModel, Write, build_model, fingerprint, precision
@@ -64,7 +65,7 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: TrainedModel, wor
     if model.bayes:
         _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write)
     index = _open(index_folder) if workers.first else None
-    ids_N, length = np.asarray(data.catalogue.item_id_N), max(data.config.evaluate.at)
+    ids_N, length = np.asarray(data.catalogue.item_id_N), _length(data)
 
     def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray | None:
         query_QD = ask(condition_Q, data.test.take(which_Q))
@@ -87,7 +88,7 @@ def evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dic
     index = _open(folder)
 
     def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray:
-        one = search_rows(index, np.ones((1, 1), np.float32), max(data.config.evaluate.at), ids_N)
+        one = search_rows(index, np.ones((1, 1), np.float32), _length(data), ids_N)
         return np.repeat(one, len(which_Q), axis=0)
 
     _judge(data, "popular", 0, lists, summary | {"baseline": True, "index": facts | {
@@ -100,7 +101,7 @@ def _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write) ->
     vectors_ND = encode_items(encode, data.features, rows, workers)
     test = data.test
     query_QD = ask(np.full(len(test), np.nan), test)
-    name, length = bayes_name(model.name), max(data.config.evaluate.at)
+    name, length = bayes_name(model.name), _length(data)
     ids_N = np.asarray(data.catalogue.item_id_N)
     index, index_facts = None, {}
     if workers.first:
@@ -120,6 +121,11 @@ def _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write) ->
 
     _judge(data, name, trained.seed, lists, facts | {"index": index_facts}, conditioned=True, workers=workers,
            write=write)
+
+
+def _length(data: CrmData) -> int:
+    """Places of a retrieved list: what recall and the curve need."""
+    return max(*data.config.evaluate.at, CURVE_AT)
 
 
 def _with_bayes(data: CrmData, query_QD: np.ndarray, condition_Q: np.ndarray) -> np.ndarray:
@@ -187,7 +193,7 @@ def _metrics(data: CrmData, rows_QK: np.ndarray) -> dict[str, np.ndarray]:
     test, at = data.test, data.config.evaluate.at
     relevant = (test.relevant_offset_Q1, test.relevant_rows)
     return (retrieval_metrics(rows_QK, relevant, at) | retrieved_watch_s(rows_QK, data.item_watch_s_N, at)
-            | hit_watch_s(rows_QK, relevant, test.relevant_watch_s, at))
+            | hit_watch_s(rows_QK, relevant, test.relevant_watch_s, at) | expected_watch(data, rows_QK))
 
 
 def _curve(data: CrmData, lists: Lists, count: int, workers: Workers, summary: dict) -> list[dict] | None:

@@ -149,7 +149,7 @@ def _start(data, model, seed, workers, write, folder, total_steps) -> tuple[_Run
         zero_stage=train.zero_stage, precision=precision(config, workers.device), optimizer=train.optimizer,
         learning_rate=train.learning_rate, weight_decay=train.weight_decay if train.optimizer == "adamw" else 0.0,
         gradient_clip_norm=train.gradient_clip_norm,
-        rows_per_rank_step=max(1, train.batch_rows // workers.count)), device=workers.device)
+        rows_per_rank_step=max(1, (model.batch_rows or train.batch_rows) // workers.count)), device=workers.device)
     position, indexes = Position(), []
     if newest is not None:
         checkpoint.load_into_engine(newest, engine)

@@ -105,16 +105,29 @@ class ClockEncoder(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """W_i as a vector: the lookup of its bucket."""
+    """W_i as a vector: the lookup of its bucket.
+
+    A bucket's row is its own plus a straight line between the rows of KNOTS neighbours, so that a bucket that few
+    views fall into still lies where the ones around it do. The unknown bucket has its own row alone.
+    """
+
+    KNOTS = 12
 
     def __init__(self, dim: int, watch_rows: int):
         super().__init__()
         self.lookup = nn.Embedding(watch_rows, dim)
-        nn.init.normal_(self.lookup.weight, std=0.02)
+        self.knots = nn.Embedding(self.KNOTS, dim)
+        for table in (self.lookup, self.knots):
+            nn.init.normal_(table.weight, std=0.02)
+        at = torch.linspace(0, self.KNOTS - 1, watch_rows - 1)
+        blend = (1 - (at[:, None] - torch.arange(self.KNOTS)).abs()).clamp(min=0)
+        self.register_buffer("blend", torch.cat([torch.zeros(1, self.KNOTS), blend]), persistent=False)
+        self.register_buffer("every_knot", torch.arange(self.KNOTS), persistent=False)
 
     def forward(self, bucket: Tensor) -> Tensor:
         """int64 of any shape to float (.., dim)."""
-        return self.lookup(bucket)
+        knots = self.knots(self.every_knot)
+        return self.lookup(bucket) + F.embedding(bucket, self.blend.to(knots.dtype) @ knots)
 
 
 class DnnTower(nn.Module):

@@ -63,7 +63,8 @@ def nothing_half_written(run: Path) -> bool:
     return left <= {"quarantine"}
 
 
-def test_ray_and_one_process_write_the_same_bytes(executor, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sorted_pieces", [256, 0])
+def test_ray_and_one_process_write_the_same_bytes(executor, tmp_path, monkeypatch, sorted_pieces):
     monkeypatch.setattr("trainer.logs.PIECE_ROWS", 1000)
     rows = log_rows()
     for part in range(3):
@@ -71,7 +72,7 @@ def test_ray_and_one_process_write_the_same_bytes(executor, tmp_path, monkeypatc
     write(tmp_path / "logs" / "again.parquet", {k: v[:40] for k, v in rows.items()})
     write(tmp_path / "items.parquet", {"item_id": np.arange(49), "duration_s": np.full(49, 30.0)})
     data = DataConfig(logs=str(tmp_path / "logs"), items=str(tmp_path / "items.parquet"), max_bad_share=0.5, shards=5)
-    on_ray = ingest(data, tmp_path / "ray", executor)
+    on_ray = ingest(data, tmp_path / "ray", RayExecutor(sorted_pieces=sorted_pieces))
     alone = ingest(data, tmp_path / "serial", SerialExecutor())
     assert on_ray.quarantined.keys() == {"duplicate", "item_not_in_catalogue"}
     assert contents(tmp_path / "ray" / "sequences") == contents(tmp_path / "serial" / "sequences")
