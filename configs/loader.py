@@ -72,6 +72,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Line breaks, of which Unicode has several, come back as they were only from double quotes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
@@ -318,6 +324,7 @@ def _unknown(path: Path_, key: str, here: list[reference.Kind]) -> str:
     else:
         everywhere = [k.path for k in reference.all_keys()]
         same_name = [p for p in everywhere if p.rpartition(".")[2] == key]
+        same_name.sort(key=lambda p: ("[]" in p, p.count(".")))
         guess = same_name[0] if same_name else nearest(full, everywhere)
     hint = f"did you mean {guess}? " if guess else ""
     return f"{full}: unknown key; {hint}{'keys of ' + dotted(path) if path else 'top-level keys'}: {', '.join(names)}"

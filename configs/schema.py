@@ -44,9 +44,12 @@ class SynthConfig(Section):
     views_per_user: PositiveFloat = Field(40.0, description="mean number of views a user has over all days")
     days: Positive = Field(14, description="length of the log, days")
     seed: Seed = Field(0, description="seed of the world; the same seed gives the same rows")
-    user_item_affinity: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="how much the watch time depends on the pair of user and item; 0: on each alone")
-    watch_persistence: Share = Field(0.15, description="how persistent a user's watch time is from view to view")
+    user_item_affinity: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.6, description="how much the watch time depends on the pair of user and item, log seconds; 0: on each alone")
+    watch_persistence: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.3, description="spread of the users' own watch levels, log seconds; 0: a user's average says nothing")
+    mood_scale: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.25, description="spread of the moods that a session's watch times share, log seconds")
     watch_time: Literal["natural", "independent", "permuted"] = Field(
         "natural", description="independent, permuted: null worlds, where watch time says nothing of the item")
 
@@ -70,7 +73,8 @@ class DataConfig(Section):
     max_watch_s: PositiveFloat = Field(86_400.0, description="seconds; a longer watch time is a bad row")
     max_bad_share: Share = Field(0.01, description="share of quarantined rows that stops the run")
     missing_items: Literal["quarantine", "keep"] = Field(
-        "quarantine", description="rows whose item the catalogue lacks: set aside, or kept on rows of their own without features")
+        "quarantine",
+        description="rows whose item the catalogue lacks: set aside, or kept on rows of their own without features")
     item_categories: list[str] = Field(default_factory=list, description="categorical columns of the catalogue")
     user_categories: list[str] = Field(default_factory=list, description="categorical columns of the users table")
     shards: Positive | None = Field(None, description="sequence shards; null: one per 2 million rows, at least 8")
@@ -294,6 +298,14 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="what is measured")
     gates: GatesConfig = Field(default_factory=GatesConfig, description="quality gates")
     ray: RayConfig = Field(default_factory=RayConfig, description="the cluster")
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        for at, model in enumerate(self.crm.models):
+            if model.batch_rows is not None and model.batch_rows % self.train.workers:
+                raise ValueError(f"crm.models.{at}.batch_rows ({model.batch_rows}) must be a multiple of train.workers "
+                                 f"({self.train.workers}), so that every worker has as many rows")
+        return self
 
     @field_validator("seeds")
     @classmethod

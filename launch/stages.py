@@ -32,8 +32,8 @@ from trainer.events import EventLog, follow, seconds_text
 HOW_TRAINED = {"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints", "prefetch",
                "log_every_steps", "max_restarts", "timeout_s"}
 HOW_INDEXED = {"device", "threads"}
-# Keys of `evaluate` that decide about the best epoch or go into a published index.
-SEEN_IN_TRAINING = {"validation_queries", "future", "seed", "bayes_edges_s", "bayes_prior_views"}
+# Keys of `evaluate` that decide about the best epoch; trainer.loop.fingerprint reads the same.
+SEEN_IN_TRAINING = {"validation_queries", "future", "seed"}
 WHERE_THE_DATA_ARE = {"logs", "items", "users", "synth"}
 MISSING = "missing: "
 
@@ -247,7 +247,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         save_resolved(config, run_dir / "config.yaml")
         if to_run:
             _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
-        if "evaluate" in asked or "report" in asked:
+        if set(asked) & {"crm", "evaluate", "report"}:
             show_results(run_dir)
             judge(config, run_dir)
     return run_dir

@@ -8,6 +8,7 @@ goes on from the newest checkpoint of the rest.
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 from pathlib import Path
@@ -139,6 +140,11 @@ def _worker(settings: dict[str, Any]) -> None:
         result = _train_and_judge(config, run_dir, settings["train"])
     except WatchtowerError as error:
         _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, rank)
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = f"{run_dir}: the disk is full; make room and run again, it goes on from the last checkpoint"
+            _write_outcome(outcome, {"error": "InputError", "message": full}, rank)
         raise
     if rank == 0:
         _write_outcome(outcome, {"result": result}, rank)

@@ -36,7 +36,8 @@ HOURS = 24
 class ItemBatch:
     """U distinct items with all their features. Row 0 of every table is the unknown row.
 
-    features: ids for the embedding tables, one key a table (`item`, `author`, `tag`, categories), U samples.
+    features: ids for the embedding tables, one key a table: `item`, `author`, `category_<name>`, `tag` of the U items,
+    and `user_<name>` of the B users of a batch of windows.
     row_U: int64, rows of the vocabulary. duration_bucket_U: int64. content_UC: float32 or None.
     tag_item_T: int64, the item (0..U-1) of each tag id. log_q_U: float32, log share of the training targets.
     """
@@ -98,9 +99,11 @@ class ItemFeatures:
     Args:
         catalogue: trainer.catalogue.Catalogue, one row per vocabulary row, row 0 the unknown item.
         log_q_N: float32 (N,), log share of each item among the training targets.
+        users: trainer.catalogue.UserFeatures, or None where the logs come without a users table.
     """
 
-    def __init__(self, catalogue, log_q_N: np.ndarray):
+    def __init__(self, catalogue, log_q_N: np.ndarray, users=None):
+        self._users = users
         self.rows = len(catalogue.item_id_N)
         self.log_q_N = np.asarray(log_q_N, dtype=np.float32)
         self.duration_bucket_N = np.asarray(catalogue.duration_bucket_N)
@@ -109,20 +112,27 @@ class ItemFeatures:
         self._single |= {f"category_{name}": np.asarray(rows) for name, rows in catalogue.categories.items()}
         self._tag_offsets, self._tag_rows = np.asarray(catalogue.tag_offsets_N1), np.asarray(catalogue.tag_rows)
 
-    def take(self, row_U: np.ndarray) -> ItemBatch:
-        """The features of these items, int64 (U,) rows of the vocabulary."""
+    def take(self, row_U: np.ndarray, user_id_B: np.ndarray | None = None) -> ItemBatch:
+        """The features of these items, int64 (U,) rows of the vocabulary, and of these users, int64 (B,) ids, behind
+        them: one lookup serves both. Users' keys are empty where none are given."""
         items = len(row_U)
+        user_id_B = np.zeros(0, np.int64) if user_id_B is None or self._users is None else user_id_B
+        samples = max(items, len(user_id_B))
         keys, values, lengths = [], [], []
         for name, column in self._single.items():
             keys.append(name)
             values.append(row_U if column is None else column[row_U].astype(np.int64))
-            lengths.append(np.ones(items, dtype=np.int64))
+            lengths.append(_ones(items, samples))
         tags_U = self._tag_offsets[row_U + 1] - self._tag_offsets[row_U]
         tag_item_T = np.repeat(np.arange(items), tags_U)
         within = np.arange(len(tag_item_T)) - np.repeat(np.cumsum(tags_U) - tags_U, tags_U)
         keys.append("tag")
         values.append(self._tag_rows[np.repeat(self._tag_offsets[row_U], tags_U) + within].astype(np.int64))
-        lengths.append(tags_U.astype(np.int64))
+        lengths.append(np.pad(tags_U.astype(np.int64), (0, samples - items)))
+        for name, rows in ({} if self._users is None else self._users.rows_of(user_id_B)).items():
+            keys.append(f"user_{name}")
+            values.append(rows.astype(np.int64))
+            lengths.append(_ones(len(user_id_B), samples))
         features = KeyedJaggedTensor(keys=keys, values=torch.from_numpy(np.concatenate(values)),
                                      lengths=torch.from_numpy(np.concatenate(lengths)))
         content = None if self.content_NC is None else torch.from_numpy(
@@ -131,6 +141,11 @@ class ItemFeatures:
                          duration_bucket_U=torch.from_numpy(self.duration_bucket_N[row_U].astype(np.int64)),
                          content_UC=content, tag_item_T=torch.from_numpy(tag_item_T),
                          log_q_U=torch.from_numpy(self.log_q_N[row_U]))
+
+
+def _ones(count: int, samples: int) -> np.ndarray:
+    """One id each for the first `count` samples, none for the rest."""
+    return (np.arange(samples) < count).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -166,19 +181,23 @@ class Collation:
         return self._finish(features, columns, condition_BP, length_B, columns["target"])
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
-                      time_ms_Q: np.ndarray, condition_Q: np.ndarray) -> WindowBatch:
+                      time_ms_Q: np.ndarray, condition_Q: np.ndarray,
+                      ordinal_Q: np.ndarray | None = None) -> WindowBatch:
         """Requests: the views [begin, end) as history and one more position that asks for `condition_Q` seconds.
 
+        Where `ordinal_Q` is true the time of the request only orders, as in logs of such rows; None is nowhere.
         The view that answers the request is not read, so it cannot leak: the last position holds the unknown item.
         """
-        columns = self._gather(views, begin_Q, end_Q, end_Q, request_time_ms=time_ms_Q)
+        columns = self._gather(views, begin_Q, end_Q, end_Q, time_ms_Q,
+                               np.zeros(len(end_Q), bool) if ordinal_Q is None else ordinal_Q)
         length_B = columns["length"]
         condition_BP = columns["watch_s"].astype(np.float64)
         last_BP = np.arange(condition_BP.shape[1]) == (length_B - 1)[:, None]
         condition_BP[last_BP] = condition_Q
         return self._finish(features, columns, condition_BP, length_B, last_BP)
 
-    def _gather(self, views: TargetViews, begin_B, end_B, first_target_B, request_time_ms=None) -> dict:
+    def _gather(self, views: TargetViews, begin_B, end_B, first_target_B, request_time_ms=None,
+                request_ordinal=None) -> dict:
         asks = request_time_ms is not None
         length_B = end_B - begin_B + asks
         positions_P = np.arange(int(length_B.max()))
@@ -196,7 +215,7 @@ class Collation:
         if asks:
             last_B = length_B - 1
             time_BP[np.arange(len(last_B)), last_B] = request_time_ms
-            ordinal_BP[np.arange(len(last_B)), last_B] = False
+            ordinal_BP[np.arange(len(last_B)), last_B] = request_ordinal
         target_BP = is_view_BP & (event_BP >= first_target_B[:, None])
         owner_B = np.searchsorted(views.offset_U + views.length_U, begin_B, side="right")
         owner_B = np.minimum(owner_B, len(views.user_id_U) - 1)
@@ -225,7 +244,8 @@ class Collation:
 
         row_U, item_V = np.unique(columns["item_row"].ravel()[place_V], return_inverse=True)
         return WindowBatch(
-            items=features.take(row_U.astype(np.int64)), place_V=torch.from_numpy(place_V),
+            items=features.take(row_U.astype(np.int64), np.asarray(columns["user"], np.int64)),
+            place_V=torch.from_numpy(place_V),
             item_V=torch.from_numpy(item_V.ravel().astype(np.int64)),
             watch_bucket_V=packed(self.buckets.encode(columns["watch_s"])),
             condition_bucket_V=packed(self.buckets.encode(wanted_BP)), hour_V=packed(hour_BP), gap_V=packed(gap_BP),

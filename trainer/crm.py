@@ -13,7 +13,7 @@ Shape suffixes: U = items of the batch, V = views, D = width, R = positions read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from embeddings.similarity import Similarity
 from embeddings.tables import TableSpec
 from trainer.batches import ItemBatch, WindowBatch
 from trainer.losses import count_rows, gather_ids, gather_with_gradient, in_batch_softmax, target_columns
-from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, ViewEncoder
+from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, RequestEncoder, ViewEncoder
 
 
 @dataclass(frozen=True)
 class FeatureSizes:
-    """Rows of every lookup, the unknown row included. `categories`: table name without prefix -> rows."""
+    """Rows of every lookup, the unknown row included. `categories`, `users`: table name without prefix -> rows."""
 
     item: int
     author: int
@@ -37,20 +37,24 @@ class FeatureSizes:
     duration_buckets: int
     content_dim: int
     categories: dict[str, int]
+    users: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, catalogue) -> FeatureSizes:
+    def of(cls, catalogue, users=None) -> FeatureSizes:
+        """From a trainer.catalogue.Catalogue and, where there is one, UserFeatures."""
         content = catalogue.content_NC
         return cls(item=len(catalogue.item_id_N), author=int(catalogue.author_rows), tag=int(catalogue.tag_rows_count),
                    duration_buckets=int(catalogue.duration_buckets),
                    content_dim=0 if content is None else int(content.shape[1]),
-                   categories={name: int(rows) for name, rows in catalogue.category_rows.items()})
+                   categories={name: int(rows) for name, rows in catalogue.category_rows.items()},
+                   users={} if users is None else {name: int(rows) for name, rows in users.category_rows.items()})
 
 
 def table_specs(sizes: FeatureSizes, config: CrmConfig) -> list[TableSpec]:
     """The sharded tables: items, authors, tags and the catalogue's categories, all of one width."""
     rows = {"item": sizes.item, "author": sizes.author, "tag": sizes.tag}
     rows |= {f"category_{name}": count for name, count in sizes.categories.items()}
+    rows |= {f"user_{name}": count for name, count in sizes.users.items()}
     return [TableSpec(name=name, rows=count, dim=config.tables.dim, sharding=config.tables.sharding,
                       init_std=config.tables.init_std) for name, count in rows.items()]
 
@@ -73,13 +77,16 @@ class CrmModel(nn.Module):
                                  sizes.content_dim, tower.dropout)
         self.item_tower = ItemTower(tower.dim, tower.dim)
         self.views = ViewEncoder(tower.dim, watch_rows, tower.dropout)
+        users = [f"user_{name}" for name in sizes.users]
+        context = tower.clock or bool(users)
+        self.request = RequestEncoder(tower.dim, config.tables.dim, tower.clock, users) if context else None
         if model.tower == "dnn":
-            self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_rows, conditioned, tower.clock,
+            self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_rows, conditioned, context,
                                        tower.dropout)
         else:
             self.user_tower = DecisionTransformerTower(
                 tower.dim, tower.hidden, tower.dim, tower.layers, tower.heads, tower.history + 1, watch_rows,
-                conditioned, tower.clock, tower.dropout)
+                conditioned, context, tower.dropout)
 
     def forward(self, task: str, batch, tables: dict[str, Tensor]):
         """task "loss": `(loss, extras)` of a WindowBatch; "items": index vectors of an ItemBatch; "users": query
@@ -93,7 +100,7 @@ class CrmModel(nn.Module):
     def loss(self, batch: WindowBatch, tables: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """In-batch softmax over the targets of all workers (Eq. 2) at every target position."""
         hidden_UD = self.items(batch.items, tables)
-        user_RD = self._users(hidden_UD, batch)
+        user_RD = self._users(hidden_UD, batch, tables)
         target_R = batch.item_V.index_select(0, batch.read_R)
         vector_UD, delta_U = self.item_tower(hidden_UD)
         rows_per_rank = count_rows(len(target_R), target_R.device)
@@ -118,7 +125,8 @@ class CrmModel(nn.Module):
 
     def query_vectors(self, batch: WindowBatch, tables: dict[str, Tensor]) -> Tensor:
         """float32 (R, D + 1): what the index is asked with, one for each request of the batch."""
-        return self.similarity.query_vectors(self._users(self.items(batch.items, tables), batch).float())
+        return self.similarity.query_vectors(self._users(self.items(batch.items, tables), batch, tables).float())
 
-    def _users(self, hidden_UD: Tensor, batch: WindowBatch) -> Tensor:
-        return self.user_tower(self.views(hidden_UD, batch), batch)
+    def _users(self, hidden_UD: Tensor, batch: WindowBatch, tables: dict[str, Tensor]) -> Tensor:
+        context_RD = None if self.request is None else self.request(batch, tables)
+        return self.user_tower(self.views(hidden_UD, batch), batch, context_RD)

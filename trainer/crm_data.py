@@ -108,7 +108,7 @@ class CrmData:
 
     @cached_property
     def features(self) -> ItemFeatures:
-        return ItemFeatures(self.catalogue, self.statistics.log_q_N())
+        return ItemFeatures(self.catalogue, self.statistics.log_q_N(), self.store.users)
 
     @cached_property
     def duration_bin_N(self) -> np.ndarray:

@@ -75,6 +75,7 @@ class _Running:
     tables: ShardedTables
     engine: DenseEngine
     folder: Path
+    epochs: int
     total_steps: int
     rebuilder: IndexRebuilder | None
     indexes: list[PublishedIndex]
@@ -114,7 +115,7 @@ def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, 
     folder = data.run_dir / "checkpoints" / model.name / f"seed={seed}"
     passes = [time_slice for time_slice in data.slices for _ in range(model.epochs or config.train.epochs)]
     plans = [data.plan(model, seed, number, time_slice) for number, time_slice in enumerate(passes)]
-    running, position = _start(data, model, seed, workers, write, folder, sum(plan.steps for plan in plans))
+    running, position = _start(data, model, seed, workers, write, folder, plans)
     try:
         if running.rebuilt < position.epoch:
             # The run ended between a checkpoint and its index; the towers are still those of that epoch.
@@ -138,7 +139,7 @@ def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, 
                         sum(plan.rows for plan in plans))
 
 
-def _start(data, model, seed, workers, write, folder, total_steps) -> tuple[_Running, Position]:
+def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, Position]:
     config, train = data.config, data.config.train
     name = f"{model.name}/seed={seed}"
     newest, state = _newest_checkpoint(folder, fingerprint(data, model), workers, write, name)
@@ -163,8 +164,8 @@ def _start(data, model, seed, workers, write, folder, total_steps) -> tuple[_Run
             data.run_dir / "indexes" / model.name / f"seed={seed}", config.index,
             {"model": model.name, "seed": seed, "config": fingerprint(data, model)}, data.validation,
             np.asarray(data.catalogue.item_id_N), config.evaluate.at, _report_index(write, name))
-    return _Running(data, model, seed, workers, write, tables, engine, folder, total_steps, rebuilder,
-                    indexes), position
+    return _Running(data, model, seed, workers, write, tables, engine, folder, len(plans),
+                    sum(plan.steps for plan in plans), rebuilder, indexes), position
 
 
 def fingerprint(data: CrmData, model: ModelConfig) -> str:
@@ -175,7 +176,7 @@ def fingerprint(data: CrmData, model: ModelConfig) -> str:
     train = config.train.model_dump(mode="json", exclude={
         "workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints", "prefetch",
         "log_every_steps", "max_restarts", "timeout_s"})
-    judged = config.evaluate.model_dump(mode="json", include={"at", "future", "seed", "validation_queries"})
+    judged = config.evaluate.model_dump(mode="json", include={"future", "seed", "validation_queries"})
     parts = [model.model_dump(mode="json"), crm, train, config.split.model_dump(mode="json"),
              config.index.model_dump(mode="json", exclude={"threads", "device"}), judged,
              data.store.manifest["input"]["fingerprint"]]
@@ -204,7 +205,7 @@ def _newest_checkpoint(folder: Path, expected: str, workers: Workers, write: Wri
 def build_model(data: CrmData, model: ModelConfig, seed: int, device: torch.device) -> tuple[ShardedTables, CrmModel]:
     """Fresh tables and towers; the same values whatever the number of workers. Collective."""
     crm = data.config.crm
-    sizes = FeatureSizes.of(data.catalogue)
+    sizes = FeatureSizes.of(data.catalogue, data.store.users)
     tables = ShardedTables(table_specs(sizes, crm), device=device, optimizer=crm.tables.optimizer,
                            learning_rate=crm.tables.learning_rate, seed=seed)
     torch.manual_seed(seed)
@@ -216,7 +217,7 @@ def _train_epoch(running: _Running, plan: EpochPlan, position: Position) -> None
     train, workers = running.config.train, running.workers
     batches = Prefetched(lambda: _batches(running, plan, position.epoch, position.step), train.prefetch,
                          time.perf_counter)
-    log = StepLog(running.write, running.name, train.log_every_steps, plan, position, running.total_steps, batches)
+    log = StepLog(running, plan, position, batches)
     running.engine.train()
     for batch in batches:
         torch.manual_seed(_step_seed(running.seed, position.epoch, position.step, workers.rank))
@@ -376,10 +377,10 @@ def _report_index(write: Write, name: str) -> Callable[[PublishedIndex, float], 
 class StepLog:
     """One line a log step: where the run is, how well and how fast."""
 
-    def __init__(self, write: Write, name: str, every: int, plan: EpochPlan, position: Position, total_steps: int,
-                 batches: Prefetched):
-        self._write, self._name, self._every, self._plan, self._position = write, name, every, plan, position
-        self._total_steps, self._batches = total_steps, batches
+    def __init__(self, running: _Running, plan: EpochPlan, position: Position, batches: Prefetched):
+        self._write, self._name, self._every = running.write, running.name, running.config.train.log_every_steps
+        self._epochs, self._total_steps = running.epochs, running.total_steps
+        self._plan, self._position, self._batches = plan, position, batches
         self._steps, self._losses = 0, 0.0
         self._began, self._waited = time.perf_counter(), 0.0
 
@@ -393,8 +394,8 @@ class StepLog:
         seconds = max(now - self._began, 1e-9)
         rows = min(self._steps * self._plan.batch_rows, self._plan.rows)
         self._write(
-            "train_step", model=self._name, epoch=self._position.epoch + 1, step=self._position.global_step,
-            steps=self._total_steps, loss=loss, mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
+            "train_step", model=self._name, epoch=self._position.epoch + 1, epochs=self._epochs,
+            step=self._position.global_step, steps=self._total_steps, loss=loss, mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
             wait_share=min(1.0, (self._batches.waited_s - self._waited) / seconds),
             memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             eta_s=(self._total_steps - self._position.global_step) * seconds / self._steps)

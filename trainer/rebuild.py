@@ -63,7 +63,7 @@ def encode_requests(encode: Encode, collation: Collation, features: ItemFeatures
         asked = q if len(q) else np.zeros(1, np.int64)
         end_Q = requests.end_Q[asked]
         batch = collation.request_batch(features, requests.views, np.maximum(requests.begin_Q[asked], end_Q - history),
-                                        end_Q, requests.time_ms_Q[asked], condition_Q[asked])
+                                        end_Q, requests.time_ms_Q[asked], condition_Q[asked], requests.ordinal_Q[asked])
         parts.append(encode("users", batch.to(workers.device))[:len(q)])
     gathered = workers.gather_rows(torch.cat(parts))
     return None if gathered is None else gathered.cpu().numpy()

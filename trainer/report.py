@@ -99,6 +99,7 @@ def write_report(run_dir: str | Path) -> Path:
         _section("Results", _results(metrics) + _strategy_chart(metrics, slots)),
         _section("Control", _control(metrics, slots)),
         _section("What a faithful CRM shows", _checks(metrics)),
+        *([_section("Against the synthetic world", _synthetic(metrics))] if metrics.get("synthetic") else []),
         _section("Training", _training(curves, slots)),
         _section("Data", _data(_json(run_dir / "sequences" / "manifest.json"))),
         _section("Indexes", _indexes(metrics)),
@@ -126,7 +127,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
                                _number(_mean(values, f"ndcg@{k}"), ".3f"),
                                _number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
                                _number(_mean(values, f"hit_watch_s@{k}"), ".1f"), str(recall.get("n", "-"))], columns))
-    return "\n".join(lines + _curve_lines(metrics) + _check_lines(metrics))
+    return "\n".join(lines + _curve_lines(metrics) + _check_lines(metrics) + _synthetic_lines(metrics))
 
 
 def training_curves(events: Path) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
@@ -255,6 +256,43 @@ def _checks(metrics: Mapping[str, Any]) -> str:
     return (f"<p>{sum(judged)} of {len(judged)} judged properties are reached on every seed. The floors are those of "
             "the KuaiRand part; on other logs they are a yardstick, no verdict.</p>"
             + _table(["Property", "Model", "Floor", "Value of each seed", "Verdict"], rows))
+
+
+def _synthetic(metrics: Mapping[str, Any]) -> str:
+    synthetic = metrics["synthetic"]
+    if "absent" in synthetic:
+        return _absent(synthetic["absent"])
+    k = _length(metrics)
+    words = (f"The world that made these logs ranks {synthetic['requests']:,} of the test requests by what it knows. "
+             "<b>lasting</b> knows the user and averages over sessions, <b>true</b> knows the session's passing "
+             "interest and mood, too. A tower's share is how much of the way it closes from its own recall "
+             "unconditioned to that ceiling under the true watch time; a tower that reads sessions well can pass the "
+             "first.")
+    ceilings = [f'<tr><th scope="row">{escape(state)}</th>' + "".join(
+        f'<td class="n">{escape(_with_interval(strategies.get(name, {}).get(f"recall@{k}", {})))}</td>'
+        for name in ("none", "oracle")) + "</tr>" for state, strategies in synthetic["ceiling"].items()]
+    shares = [f'<tr><th scope="row">{escape(name)}</th><td>{escape(model["unconditioned"])}</td>' + "".join(
+        f'<td class="n">{escape(_with_interval(model["share_of_way"].get(state, {})))}</td>'
+        for state in synthetic["ceiling"]) + "</tr>" for name, model in synthetic["models"].items()]
+    watched = [f'<tr><th scope="row">{escape(name)}</th><td>{escape(strategy)}</td><td class="n">'
+               f'{escape(_with_interval(measured, ".1f"))}</td></tr>' for name, strategy, measured in _watched(metrics)]
+    return (f'<p class="soft">{words}</p>'
+            + _table(["Ceiling", f"Recall@{k} [95%]", f"Recall@{k}, true watch time [95%]"], ceilings, numbers_from=1)
+            + _table(["Model", "From", *(f"Share of the way, {state} [95%]" for state in synthetic["ceiling"])], shares,
+                     numbers_from=2)
+            + f'<p class="soft">What users would have watched of the first {k} that they were given, in seconds an '
+              "item: no log can tell, the world can.</p>"
+            + _table(["Model", "Condition", "Would be watched, s [95%]"], watched, numbers_from=2))
+
+
+def _watched(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Model, strategy and expected watch time of every list that has one, and of the lists that make it greatest."""
+    k = _length(metrics)
+    found = [(name, strategy, values.get(f"expected_watch_s@{k}")) for name, model in metrics["crm"].items()
+             for strategy, values in _strategies(model)]
+    true = metrics["synthetic"].get("ceiling", {}).get("true", {})
+    found.append(("the greatest possible", "-", true.get("most_watched", {}).get(f"expected_watch_s@{k}")))
+    return [(name, strategy, measured) for name, strategy, measured in found if measured]
 
 
 def _training(curves: Mapping[str, Any], slots: Mapping[str, int]) -> str:
@@ -387,10 +425,10 @@ def _over(value: float | None, unit: float) -> float | None:
     return value / unit if _is_number(value) else None
 
 
-def _with_interval(measured: Mapping[str, Any]) -> str:
+def _with_interval(measured: Mapping[str, Any], form: str = ".3f") -> str:
     low, high = measured.get("ci95") or (None, None)
-    interval = f" [{low:.3f}, {high:.3f}]" if _is_number(low) and _is_number(high) else ""
-    return _number(measured.get("mean"), ".3f") + interval
+    interval = f" [{low:{form}}, {high:{form}}]" if _is_number(low) and _is_number(high) else ""
+    return _number(measured.get("mean"), form) + interval
 
 
 def _dot_value(measured: Mapping[str, Any] | None) -> tuple[float, float | None, float | None] | None:
@@ -498,6 +536,30 @@ def _check_lines(metrics: Mapping[str, Any]) -> list[str]:
     missed = [name for name, ok in judged if not ok]
     return ["", f"{len(judged) - len(missed)} of {len(judged)} properties of a faithful CRM reached (KuaiRand's floors)"
             + (", not:" if missed else "")] + [f"  {name}" for name in missed]
+
+
+def _synthetic_lines(metrics: Mapping[str, Any]) -> list[str]:
+    synthetic = metrics.get("synthetic") or {}
+    if not synthetic.get("ceiling"):
+        return []
+    k = _length(metrics)
+    ceilings = "; ".join(
+        f"{state} state {_number(_mean(strategies.get('none', {}), f'recall@{k}'), '.3f')}, with the true watch time "
+        f"{_number(_mean(strategies.get('oracle', {}), f'recall@{k}'), '.3f')}"
+        for state, strategies in synthetic["ceiling"].items())
+    lines = ["", f"recall@{k} of what the synthetic world knows: {ceilings}"]
+    states = list(synthetic["ceiling"])
+    if synthetic["models"]:
+        lines.append(f"share of the way from unconditioned to there ({', '.join(states)}):")
+        lines += [f"  {name:<34}" + "".join(f"{_number(_mean(model['share_of_way'], state), '.0%'):>8}"
+                                            for state in states) for name, model in synthetic["models"].items()]
+    best: dict[str, tuple[float, str]] = {}
+    for name, strategy, measured in _watched(metrics):
+        best[name] = max(best.get(name, (-math.inf, "")), (measured["mean"], strategy))
+    if best:
+        lines.append(f"would be watched of the first {k}, seconds an item, by the condition that brings most:")
+        lines += [f"  {name:<34}{value:>8.1f}  {strategy}" for name, (value, strategy) in best.items()]
+    return lines
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Both user towers of CRM (arXiv:2412.13844) give a vector at every position of a window; the vector at position i has
 seen the items before x_i and the condition W_i, so one pass trains every position:
 
-    dnn                     u_i = MLP([pools of x_1..x_{i-1}; W_i; clock_i])                           (Eq. 5)
+    dnn                     u_i = MLP([pools of x_1..x_{i-1}; W_i; request_i])                         (Eq. 5)
     decision transformer    u_i = the causal transformer over (W_1, x_1, .., W_i), read at the W_i token     (Eq. 6)
 
 Without the condition (`conditioned=False`) only the W tokens or w_{n+1} are taken away; past watch times stay a
@@ -89,19 +89,32 @@ class ViewEncoder(nn.Module):
         return self.dropout(self.norm(token_VD))
 
 
-class ClockEncoder(nn.Module):
-    """What is known of a request's time: the hour of the day and the gap since the last view."""
+class RequestEncoder(nn.Module):
+    """What is known of a request besides its history: the hour of the day, the gap since the last view, the user's
+    features. Each adds one vector of its own.
 
-    def __init__(self, dim: int):
+    Args:
+        clock: whether hour and gap are used. users: names of the tables of user features.
+    """
+
+    def __init__(self, dim: int, table_dim: int, clock: bool, users: list[str]):
         super().__init__()
-        self.hour = nn.Embedding(HOURS + 1, dim)
-        self.gap = nn.Embedding(GAP_BUCKETS + 1, dim)
-        for table in (self.hour, self.gap):
+        self.users = users
+        self.hour = nn.Embedding(HOURS + 1, dim) if clock else None
+        self.gap = nn.Embedding(GAP_BUCKETS + 1, dim) if clock else None
+        for table in (self.hour, self.gap) if clock else ():
             nn.init.normal_(table.weight, std=0.02)
+        self.user = nn.Linear(table_dim * len(users), dim, bias=False) if users else None
 
-    def forward(self, batch: WindowBatch) -> Tensor:
+    def forward(self, batch: WindowBatch, tables: dict[str, Tensor]) -> Tensor:
         """float (R, dim), at the positions that are read."""
-        return self.hour(batch.hour_V[batch.read_R]) + self.gap(batch.gap_V[batch.read_R])
+        parts = []
+        if self.hour is not None:
+            parts += [self.hour(batch.hour_V[batch.read_R]), self.gap(batch.gap_V[batch.read_R])]
+        if self.user is not None:
+            rows_BE = torch.cat([tables[name] for name in self.users], dim=1).to(self.user.weight.dtype)
+            parts.append(F.embedding(batch.place_V[batch.read_R] // batch.positions, self.user(rows_BE)))
+        return torch.stack(parts).sum(dim=0)
 
 
 class ConditionEncoder(nn.Module):
@@ -131,24 +144,23 @@ class ConditionEncoder(nn.Module):
 
 
 class DnnTower(nn.Module):
-    """Pools of the past views at several decays, the condition and the clock, through an MLP (Eq. 5).
+    """Pools of the past views at several decays, the condition and the request, through an MLP (Eq. 5).
 
     Pool k at position i is sum_j<i decay_k^(i-1-j) x_j over its weights; decay 1 is the mean, decay 0 the last view.
     """
 
     DECAYS = (1.0, 0.75, 0.0)
 
-    def __init__(self, dim: int, hidden: int, out_dim: int, watch_rows: int, conditioned: bool, clock: bool,
+    def __init__(self, dim: int, hidden: int, out_dim: int, watch_rows: int, conditioned: bool, context: bool,
                  dropout: float):
         super().__init__()
         self.condition = ConditionEncoder(dim, watch_rows) if conditioned else None
-        self.clock = ClockEncoder(dim) if clock else None
-        width = dim * (len(self.DECAYS) + conditioned + clock) + 1
+        width = dim * (len(self.DECAYS) + conditioned + context) + 1
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
 
-    def forward(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+    def forward(self, token_VD: Tensor, batch: WindowBatch, context_RD: Tensor | None) -> Tensor:
         """float (R, out_dim)."""
         place_R = batch.place_V[batch.read_R]
         length_R = torch.log1p((place_R % batch.positions).to(token_VD.dtype))
@@ -156,8 +168,8 @@ class DnnTower(nn.Module):
         if self.condition is not None:
             condition_RD = self.condition(batch.condition_bucket_V[batch.read_R])
             columns.append(condition_RD)
-        if self.clock is not None:
-            columns.append(self.clock(batch))
+        if context_RD is not None:
+            columns.append(context_RD)
         user_RD = self.mlp(torch.cat(columns, dim=1))
         return user_RD if self.condition is None else user_RD + self.shortcut(condition_RD)
 
@@ -213,19 +225,18 @@ class DecisionTransformerTower(nn.Module):
     """
 
     def __init__(self, dim: int, hidden: int, out_dim: int, layers: int, heads: int, positions: int, watch_rows: int,
-                 conditioned: bool, clock: bool, dropout: float):
+                 conditioned: bool, context: bool, dropout: float):
         super().__init__()
         self.condition = ConditionEncoder(dim, watch_rows) if conditioned else None
         self.start = None if conditioned else nn.Embedding(1, dim)
         self.position = nn.Embedding(positions, dim)
         nn.init.normal_(self.position.weight, std=0.02)
-        self.clock = ClockEncoder(dim) if clock else None
         self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Sequential(nn.Linear(dim * (1 + clock), hidden), nn.GELU(), nn.Linear(hidden, out_dim))
+        self.head = nn.Sequential(nn.Linear(dim * (1 + context), hidden), nn.GELU(), nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
 
-    def forward(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+    def forward(self, token_VD: Tensor, batch: WindowBatch, context_RD: Tensor | None) -> Tensor:
         """float (R, out_dim)."""
         place_VD = self.position(batch.place_V % batch.positions)
         if self.condition is not None:
@@ -233,8 +244,8 @@ class DecisionTransformerTower(nn.Module):
         else:
             read_RD = self._unconditioned(token_VD + place_VD, batch)
         read_RD = self.norm(read_RD)
-        if self.clock is not None:
-            read_RD = torch.cat([read_RD, self.clock(batch)], dim=1)
+        if context_RD is not None:
+            read_RD = torch.cat([read_RD, context_RD], dim=1)
         user_RD = self.head(read_RD)
         if self.condition is None:
             return user_RD

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from configs.errors import InputError
 from trainer.sequences import SequenceShard, SequenceStore
 
 
@@ -93,6 +94,9 @@ class WindowRule:
         cuts_per_user: see above.
         begin_ms, end_ms: the time slice whose views are targets; begin is inside, end is not; None is open.
         min_history: past views a target needs.
+
+    Raises:
+        InputError: if windows are so far apart that the views between two of them would never be a target.
     """
 
     history: int
@@ -102,6 +106,11 @@ class WindowRule:
     begin_ms: int | None = None
     end_ms: int | None = None
     min_history: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride > self.history + 1:
+            raise InputError(f"train.stride ({self.stride} views) must be at most crm.tower.history + 1 "
+                             f"({self.history + 1}): the views between two windows would never be trained on")
 
 
 def target_range(views: TargetViews, rule: WindowRule) -> tuple[np.ndarray, np.ndarray]:
@@ -180,11 +189,10 @@ class EpochPlan:
     """The batches of one epoch, the same for every worker.
 
     Args:
-        store: the sequences.
+        load: shard number to its TargetViews.
         windows_per_shard: int (shards,), from `count_windows`: lets a run that continues skip whole groups.
         batch_rows: windows of a global batch.
         rule, seed, epoch, shuffle_shards: see the module's text.
-        load: shard number -> its TargetViews.
     """
 
     def __init__(self, load, windows_per_shard: np.ndarray, rule: WindowRule, *, batch_rows: int, seed: int,

@@ -12,7 +12,7 @@ from configs.errors import InputError
 from configs.loader import changed_keys, config_hash, load, require_logs, save_resolved, to_yaml
 from configs.schema import Config
 
-RUN_FILES = ("smoke", "demo", "kuairand", "globo", "gpu8")
+RUN_FILES = sorted(p.stem for p in Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_run_files_are_valid(repository, name):
     assert config.run_dir == f"runs/{name}"
 
 
-def test_every_run_file_is_tested(repository):
-    assert sorted(p.stem for p in (repository / "configs").glob("*.yaml")) == sorted(RUN_FILES)
+def test_the_run_files_are_there():
+    assert set(RUN_FILES) >= {"smoke", "demo", "kuairand", "globo", "gpu8"}
 
 
 @pytest.mark.parametrize("name", ("kuairand", "globo", "gpu8"))
@@ -211,7 +211,7 @@ def test_missing_file_names_the_nearest(run_file, tmp_path):
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 texts = st.text(max_size=12) | st.sampled_from([
-    "null", "1e3", "on", "2022-05-05", "true", "<<", "~", "1_0", "- a", "#"])
+    "null", "1e3", "on", "2022-05-05", "true", "<<", "~", "1_0", "- a", "#", "\x85", "a\n b", "\u2028"])
 configs = st.builds(dict, name=texts, run_dir=texts.filter(bool),
                     seeds=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True),
                     data=st.fixed_dictionaries({

@@ -164,7 +164,7 @@ def test_gates(folder):
     assert folder("gates.at_least.crm.dnn.oracle.recall@100=0.4") == EVERYTHING
     with pytest.raises(QualityGateError, match=r"2 of 2 quality gates.*\n.*@100 is 0.4, at least 0.5.*\n.*nothing"):
         folder("gates.at_least.crm.dnn.oracle.recall@100=0.5", "gates.at_least.crm.nothing=0")
-    folder("gates.at_least.crm.nothing=0", only=["crm"])  # nothing is measured, nothing is judged
+    folder("gates.at_least.crm.nothing=0", only=["ingest"])  # nothing is measured, nothing is judged
 
 
 def test_the_world_takes_the_place_of_logs(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_views import HOUR_MS, T0, made_views, users_only
 
+from configs.errors import InputError
 from trainer.windows import EpochPlan, TargetViews, WindowRule, count_windows, cut_windows, join_views, target_views
 
 
@@ -98,7 +99,7 @@ def test_slices_part_the_targets_and_keep_the_history_before_them():
 
 def test_a_window_without_a_place_for_its_targets_is_refused():
     """A stride above history + 1 would leave views between two windows that nobody predicts."""
-    with pytest.raises(ValueError, match="stride"):
+    with pytest.raises(InputError, match="train.stride"):
         WindowRule(history=4, stride=6)
 
 
