@@ -51,8 +51,9 @@ class Similarity:
             bias_G: (G,) item biases; None is zero.
         """
         with torch.autocast(user_BD.device.type, enabled=False):
-            scores_BG = self._directed(user_BD) @ self._directed(item_GD).T / self.temperature
-            return scores_BG if bias_G is None else scores_BG + bias_G.float()
+            user_BD, item_DG = self._directed(user_BD) / self.temperature, self._directed(item_GD).T
+            # One pass over (B, G) instead of three.
+            return user_BD @ item_DG if bias_G is None else torch.addmm(bias_G.float(), user_BD, item_DG)
 
     def query_vectors(self, user_BD: Tensor) -> Tensor:
         """What the index is asked with: float32 (B, D + 1), (u / tau, 1)."""

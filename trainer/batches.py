@@ -25,7 +25,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.conditions import WatchBuckets, returns
-from trainer.windows import BatchRows, TargetViews
+from trainer.windows import BatchRows, TargetViews, target_rows
 
 GAP_BUCKETS = 32
 GAP_MAX_S = 30 * 86_400.0
@@ -63,6 +63,8 @@ class WindowBatch:
     unknown). condition_bucket_V: W_i. hour_V: 0 unknown, else 1 + hour of the day of the request. gap_V: 0 unknown,
     else the log bucket of the time since the last view. read_R: the packed positions that user vectors are read at,
     the targets in training and the last ones of requests. user_B: user ids, for messages. windows, positions: B, P.
+    target_row_G, target_log_q_G (float32): item and log q of the targets of all workers in rank order, the columns of
+    the softmax; targets_per_rank: how many of them are each worker's. Empty in a batch of requests.
     """
 
     items: ItemBatch
@@ -76,6 +78,9 @@ class WindowBatch:
     user_B: Tensor
     windows: int
     positions: int
+    target_row_G: Tensor
+    target_log_q_G: Tensor
+    targets_per_rank: list[int]
 
     def to(self, device: torch.device) -> WindowBatch:
         return _moved(self, device)
@@ -171,14 +176,15 @@ class Collation:
         window of the unknown item without a target.
         """
         keep_GP = rng.random((rows.global_rows, self.positions)) >= self.dropout
+        target_row_by_rank = rows.target_row_by_rank or [target_rows(rows.parts)]
         if not rows.parts:
-            return self._empty(features)
+            return self._empty(features, target_row_by_rank)
         pieces = [self._gather(views, w.begin_W, w.end_W, w.first_target_W) for views, w in rows.parts]
         columns = {name: _stack([piece[name] for piece in pieces]) for name in pieces[0]}
         length_B = columns["length"]
         keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
         condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
-        return self._finish(features, columns, condition_BP, length_B, columns["target"])
+        return self._finish(features, columns, condition_BP, length_B, columns["target"], target_row_by_rank)
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
                       time_ms_Q: np.ndarray, condition_Q: np.ndarray,
@@ -223,7 +229,8 @@ class Collation:
                 "ordinal": ordinal_BP, "inside": inside_BP, "target": target_BP, "length": length_B,
                 "user": views.user_id_U[owner_B]}
 
-    def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B, read_BP) -> WindowBatch:
+    def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B, read_BP,
+                target_row_by_rank: list[np.ndarray] | None = None) -> WindowBatch:
         inside_BP, time_BP = columns["inside"], columns["time"]
         unknown_time_BP = columns["ordinal"] | ~inside_BP
         hour_BP = np.where(unknown_time_BP, 0, 1 + (time_BP + self.utc_offset_ms) // 3_600_000 % HOURS)
@@ -243,6 +250,7 @@ class Collation:
             return torch.from_numpy(values_BP.ravel()[place_V].astype(np.int64))
 
         row_U, item_V = np.unique(columns["item_row"].ravel()[place_V], return_inverse=True)
+        target_row_G = np.concatenate([np.zeros(0, np.int64), *(target_row_by_rank or [])])
         return WindowBatch(
             items=features.take(row_U.astype(np.int64), np.asarray(columns["user"], np.int64)),
             place_V=torch.from_numpy(place_V),
@@ -251,14 +259,17 @@ class Collation:
             condition_bucket_V=packed(self.buckets.encode(wanted_BP)), hour_V=packed(hour_BP), gap_V=packed(gap_BP),
             read_R=torch.from_numpy(np.flatnonzero(read_BP.ravel()[place_V])),
             user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
-            windows=len(inside_BP), positions=inside_BP.shape[1])
+            windows=len(inside_BP), positions=inside_BP.shape[1],
+            target_row_G=torch.from_numpy(target_row_G), target_log_q_G=torch.from_numpy(features.log_q_N[target_row_G]),
+            targets_per_rank=[len(rows) for rows in target_row_by_rank or []])
 
-    def _empty(self, features: ItemFeatures) -> WindowBatch:
+    def _empty(self, features: ItemFeatures, target_row_by_rank: list[np.ndarray]) -> WindowBatch:
         columns = {"item_row": np.zeros((1, 1), np.int64), "watch_s": np.full((1, 1), np.nan),
                    "time": np.zeros((1, 1), np.int64), "ordinal": np.ones((1, 1), bool),
                    "inside": np.ones((1, 1), bool), "target": np.zeros((1, 1), bool),
                    "length": np.ones(1, np.int64), "user": np.zeros(1, np.int64)}
-        return self._finish(features, columns, columns["watch_s"], columns["length"], columns["target"])
+        return self._finish(features, columns, columns["watch_s"], columns["length"], columns["target"],
+                            target_row_by_rank)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

@@ -292,9 +292,9 @@ def synthetic_metrics(run_dir: str | Path, config: Config) -> dict[str, Any]:
     """The `synthetic` part of metrics.json: ceilings, and how much of the way to them each model closes.
 
     Returns:
-        {"ceiling": {<state>: {<strategy>: {<metric>: measured}}}, "models": {<model>: {"unconditioned": name,
-        "share_of_way": {<state>: measured}, "share_of_gain": {<state>: measured}}}, "world", "requests"}, where measured
-        is {mean, ci95, n, per_seed}; {"absent": reason} where the world can say nothing; {} where the logs are others.
+        {"world": spec, "requests": n, "ceiling": {<state>: {<strategy>: {<metric>: measured}}}, "models": {<model>:
+        {"unconditioned": name, "share_of_way": {<state>: measured}, "share_of_gain": {<state>: measured}}}}, where
+        measured is {mean, ci95, n, per_seed}; {"absent": reason} where the world can say nothing; {} for other logs.
 
     Raises:
         WatchtowerError: if an evaluation folder is damaged.

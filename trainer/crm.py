@@ -23,13 +23,14 @@ from configs.schema import CrmConfig, ModelConfig
 from embeddings.similarity import Similarity
 from embeddings.tables import TableSpec
 from trainer.batches import ItemBatch, WindowBatch
-from trainer.losses import count_rows, gather_ids, gather_with_gradient, in_batch_softmax, target_columns
+from trainer.losses import gather_with_gradient, in_batch_softmax, target_columns
 from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, RequestEncoder, ViewEncoder
 
 
 @dataclass(frozen=True)
 class FeatureSizes:
-    """Rows of every lookup, the unknown row included. `categories`, `users`: table name without prefix -> rows."""
+    """Rows of every lookup, the unknown row included. `categories`, `users`: table name without prefix -> rows.
+    `watch_views`: training targets in each watch-time bucket, the unknown one first; empty where nothing is known."""
 
     item: int
     author: int
@@ -38,16 +39,18 @@ class FeatureSizes:
     content_dim: int
     categories: dict[str, int]
     users: dict[str, int] = field(default_factory=dict)
+    watch_views: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, catalogue, users=None) -> FeatureSizes:
-        """From a trainer.catalogue.Catalogue and, where there is one, UserFeatures."""
+    def of(cls, catalogue, users=None, watch_views=()) -> FeatureSizes:
+        """From a trainer.catalogue.Catalogue, UserFeatures where there are any, and TargetStatistics.watch_views_B."""
         content = catalogue.content_NC
         return cls(item=len(catalogue.item_id_N), author=int(catalogue.author_rows), tag=int(catalogue.tag_rows_count),
                    duration_buckets=int(catalogue.duration_buckets),
                    content_dim=0 if content is None else int(content.shape[1]),
                    categories={name: int(rows) for name, rows in catalogue.category_rows.items()},
-                   users={} if users is None else {name: int(rows) for name, rows in users.category_rows.items()})
+                   users={} if users is None else {name: int(rows) for name, rows in users.category_rows.items()},
+                   watch_views=tuple(int(views) for views in watch_views))
 
 
 def table_specs(sizes: FeatureSizes, config: CrmConfig) -> list[TableSpec]:
@@ -69,23 +72,23 @@ class CrmModel(nn.Module):
     def __init__(self, config: CrmConfig, model: ModelConfig, sizes: FeatureSizes):
         super().__init__()
         tower, conditioned = config.tower, model.condition != "none"
-        watch_rows = config.condition.buckets + 1
+        watch_views = sizes.watch_views or [0] * (config.condition.buckets + 1)
         self.similarity = Similarity(kind=config.similarity, temperature=config.temperature)
         self.log_q, self.item_bias = config.log_q, config.item_bias
         single = ["item", "author", *(f"category_{name}" for name in sizes.categories)]
         self.items = ItemEncoder(single, config.tables.dim, tower.dim, tower.hidden, sizes.duration_buckets,
                                  sizes.content_dim, tower.dropout)
         self.item_tower = ItemTower(tower.dim, tower.dim)
-        self.views = ViewEncoder(tower.dim, watch_rows, tower.dropout)
+        self.views = ViewEncoder(tower.dim, watch_views, tower.dropout)
         users = [f"user_{name}" for name in sizes.users]
         context = tower.clock or bool(users)
         self.request = RequestEncoder(tower.dim, config.tables.dim, tower.clock, users) if context else None
         if model.tower == "dnn":
-            self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_rows, conditioned, context,
+            self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_views, conditioned, context,
                                        tower.dropout)
         else:
             self.user_tower = DecisionTransformerTower(
-                tower.dim, tower.hidden, tower.dim, tower.layers, tower.heads, tower.history + 1, watch_rows,
+                tower.dim, tower.hidden, tower.dim, tower.layers, tower.heads, tower.history + 1, watch_views,
                 conditioned, context, tower.dropout)
 
     def forward(self, task: str, batch, tables: dict[str, Tensor]):
@@ -103,19 +106,17 @@ class CrmModel(nn.Module):
         user_RD = self._users(hidden_UD, batch, tables)
         target_R = batch.item_V.index_select(0, batch.read_R)
         vector_UD, delta_U = self.item_tower(hidden_UD)
-        rows_per_rank = count_rows(len(target_R), target_R.device)
-        # One gather for the vectors and the bias, one for the ids: collectives on a CPU cost more than their bytes.
+        # One gather for the vectors and the bias: collectives on a CPU cost more than their bytes.
         own_RE = F.embedding(target_R, torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float())
-        known_R2 = torch.stack([batch.items.row_U[target_R].double(), batch.items.log_q_U[target_R].double()], dim=1)
-        item_GE = gather_with_gradient(own_RE, rows_per_rank=rows_per_rank)
-        known_G2 = gather_ids(known_R2, rows_per_rank=rows_per_rank)
-        log_q_G = known_G2[:, 1].float()
+        item_GE = gather_with_gradient(own_RE, rows_per_rank=batch.targets_per_rank)
+        log_q_G = batch.target_log_q_G
         bias_G = item_GE[:, -1] + (log_q_G if self.item_bias else 0.0)
         logits_RG = self.similarity.scores(user_RD.float(), item_GE[:, :-1], bias_G)
-        rank = torch.distributed.get_rank() if len(rows_per_rank) > 1 else 0
-        return in_batch_softmax(logits_RG, known_G2[:, 0].long(),
-                                target_columns(rows_per_rank, rank, target_R.device),
-                                log_q_G=log_q_G if self.log_q else None, total_weight=float(sum(rows_per_rank)))
+        rank = torch.distributed.get_rank() if len(batch.targets_per_rank) > 1 else 0
+        return in_batch_softmax(logits_RG, batch.target_row_G,
+                                target_columns(batch.targets_per_rank, rank, target_R.device),
+                                log_q_G=log_q_G if self.log_q else None,
+                                total_weight=float(sum(batch.targets_per_rank)))
 
     def index_vectors(self, items: ItemBatch, tables: dict[str, Tensor]) -> Tensor:
         """float32 (U, D + 1): what the index holds of these items."""

@@ -132,7 +132,8 @@ class DenseEngine:
         self._norm: Tensor | float | None = None
         groups = parameter_groups(module, spec.weight_decay)
         if spec.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas)
+            # Fused: one pass over a parameter instead of ten. On a GPU DeepSpeed's flat parameters make it needless.
+            optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=device.type == "cpu")
         else:
             optimizer = torch.optim.SGD(groups, lr=spec.learning_rate)
         self._engine, *_ = deepspeed.initialize(
@@ -143,6 +144,9 @@ class DenseEngine:
             config=_deepspeed_config(spec, module),
             dist_init_required=False,
         )
+        if spec.zero_stage == 0 and dist.get_world_size() == 1:
+            # It would copy all gradients into one buffer and back to average them over one rank.
+            self._engine.enable_backward_allreduce = False
 
     def __call__(self, *args, **kwargs):
         """The module's forward. With bf16, float tensors among the arguments (also inside dicts, lists and tuples) are

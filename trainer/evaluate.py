@@ -64,7 +64,7 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: TrainedModel, wor
 
     if model.bayes:
         _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write)
-    index = _open(index_folder) if workers.first else None
+    index = workers.on_first(lambda: _open(index_folder))
     ids_N, length = np.asarray(data.catalogue.item_id_N), _length(data)
 
     def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray | None:
@@ -75,9 +75,12 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: TrainedModel, wor
 
 
 def evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dict) -> None:
-    """The most popular items of the training targets as an index of one dimension: the baseline of baselines."""
-    if not workers.first:
-        return
+    """The most popular items of the training targets as an index of one dimension: the baseline of baselines.
+    Collective."""
+    workers.on_first(lambda: _evaluate_popular(data, workers, write, summary))
+
+
+def _evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dict) -> None:
     rows = data.index_rows(data.slices[-1][1])
     ids_N = np.asarray(data.catalogue.item_id_N)
     vectors_ND = data.features.log_q_N[rows][:, None]
@@ -98,21 +101,25 @@ def evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dic
 def _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write) -> None:
     """The unconditioned tower with the Bayes term in its index: no training, the same recall to beat."""
     rows = data.index_rows(trained.best.watermark_ms)
-    vectors_ND = encode_items(encode, data.features, rows, workers)
+    vectors_ND = encode_items(encode, data.features_until(trained.best.watermark_ms), rows, workers)
     test = data.test
     query_QD = ask(np.full(len(test), np.nan), test)
     name, length = bayes_name(model.name), _length(data)
     ids_N = np.asarray(data.catalogue.item_id_N)
-    index, index_facts = None, {}
-    if workers.first:
-        folder, index_facts = publish_index(
-            data.run_dir / "indexes" / name / f"seed={trained.seed}",
-            np.concatenate([vectors_ND, data.bayes.index_dims()[rows]], axis=1), ids_N[rows], data.config.index,
-            epoch=trained.best.epoch, step=trained.best.step, watermark_ms=trained.best.watermark_ms,
-            sample_QD=_with_bayes(data, query_QD, data.statistics.condition.clamp(test.watch_s_Q))[:200],
+
+    def published() -> tuple[ItemIndex, dict]:
+        extended_ND = np.concatenate([vectors_ND, data.bayes.index_dims()[rows]], axis=1)
+        sample_QD = extended_ND if query_QD is None else _with_bayes(
+            data, query_QD, data.statistics.condition.clamp(test.watch_s_Q))
+        # The term counts the targets of all slices, also where an earlier one has the best towers.
+        folder, found = publish_index(
+            data.run_dir / "indexes" / name / f"seed={trained.seed}", extended_ND, ids_N[rows], data.config.index,
+            epoch=trained.best.epoch, step=trained.best.step, watermark_ms=data.slices[-1][1],
+            sample_QD=sample_QD[:200],
             provenance={"model": name, "seed": trained.seed, "config": fingerprint(data, model)})
-        index = _open(folder)
-        index_facts = index_facts | {"folder": str(folder.relative_to(data.run_dir))}
+        return _open(folder), found | {"folder": str(folder.relative_to(data.run_dir))}
+
+    index, index_facts = workers.on_first(published) or (None, {})
 
     def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray | None:
         if index is None:
@@ -134,6 +141,7 @@ def _with_bayes(data: CrmData, query_QD: np.ndarray, condition_Q: np.ndarray) ->
 
 def _load_towers(data: CrmData, model: ModelConfig, trained: TrainedModel, workers: Workers):
     """The towers of the kept checkpoint, without an engine: nothing is trained here."""
+    workers.on_first(lambda: verify(Path(trained.checkpoint)))
     tables, module = build_model(data, model, trained.seed, workers.device)
     checkpoint.load_before_engine(Path(trained.checkpoint), tables, module)
     module.to(workers.device).eval()

@@ -205,7 +205,7 @@ def _newest_checkpoint(folder: Path, expected: str, workers: Workers, write: Wri
 def build_model(data: CrmData, model: ModelConfig, seed: int, device: torch.device) -> tuple[ShardedTables, CrmModel]:
     """Fresh tables and towers; the same values whatever the number of workers. Collective."""
     crm = data.config.crm
-    sizes = FeatureSizes.of(data.catalogue, data.store.users)
+    sizes = FeatureSizes.of(data.catalogue, data.store.users, data.statistics.watch_views_B)
     tables = ShardedTables(table_specs(sizes, crm), device=device, optimizer=crm.tables.optimizer,
                            learning_rate=crm.tables.learning_rate, seed=seed)
     torch.manual_seed(seed)
@@ -232,10 +232,11 @@ def _train_epoch(running: _Running, plan: EpochPlan, position: Position) -> None
 
 def _batches(running: _Running, plan, epoch: int, first_step: int) -> Iterator[WindowBatch]:
     collation, workers = running.data.collation(running.model, training=True), running.workers
+    features = running.data.features_until(plan.rule.end_ms)
     rows = plan.batches(workers.rank, workers.count, first_step)
     for step, mine in enumerate(rows, start=first_step):
         rng = np.random.default_rng([running.seed, epoch, step, 0x636F6E64])
-        yield collation.window_batch(running.data.features, mine, rng)
+        yield collation.window_batch(features, mine, rng)
 
 
 def _step(running: _Running, batch: WindowBatch, position: Position) -> float:
@@ -297,7 +298,7 @@ def _rebuild(running: _Running, position: Position, watermark_ms: int) -> None:
     rows = data.index_rows(watermark_ms)
     validation = data.validation
     with _judging(running.engine):
-        vectors_ND = encode_items(running.encode, data.features, rows, workers)
+        vectors_ND = encode_items(running.encode, data.features_until(watermark_ms), rows, workers)
         queries_QD = None
         if len(validation):
             # Conditioned towers are validated under the true condition, unconditioned ones ignore it.
@@ -315,13 +316,18 @@ def _rebuild(running: _Running, position: Position, watermark_ms: int) -> None:
 
 def _settle(running: _Running, count: int) -> None:
     """Waits for the first `count` rebuilds and makes their results known to all workers."""
-    found, error = [], None
+    found, error, cause = [], None, None
     if running.rebuilder is not None:
         try:
             found = running.rebuilder.results(count - running.resumed)
         except WatchtowerError as failed:
             error = failed
-    running.workers.raise_together(error)
+        except Exception as failed:  # all workers must hear of it, whatever it is: they would wait for this one
+            error, cause = WatchtowerError(f"{running.name}: the index could not be rebuilt: {failed!r}"), failed
+    try:
+        running.workers.raise_together(error)
+    except WatchtowerError as told:
+        raise told from cause
     found = running.workers.agree([index.as_json() for index in found])
     running.indexes = running.indexes[:running.resumed] + [PublishedIndex(**index) for index in found]
 

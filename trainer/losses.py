@@ -132,32 +132,51 @@ def in_batch_softmax(
         if given is not None and given.shape != wanted.shape:
             raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(wanted.shape)}")
 
-    logits_BG = logits_BG.float()
-    if log_q_G is not None:
-        logits_BG = logits_BG - log_q_G.float()
     own_B1 = target_B[:, None]
     no_negative_BG = item_row_G == item_row_G[own_B1]
     if valid_G is not None:
         no_negative_BG |= ~valid_G
-    logits_BG = logits_BG.masked_fill(no_negative_BG.scatter_(1, own_B1, False), torch.finfo(torch.float32).min)
-
-    target_logit_B = logits_BG.gather(1, own_B1).squeeze(1)
-    loss_B = logits_BG.logsumexp(dim=1) - target_logit_B
-    weight_B = torch.ones_like(loss_B) if weight_B is None else weight_B.float()
+    no_negative_BG.scatter_(1, own_B1, False)
+    weight_B = logits_BG.new_ones(len(target_B), dtype=torch.float32) if weight_B is None else weight_B.float()
     if total_weight is None:
         total_weight = weight_B.sum()
         if _world_size(group) > 1:
             dist.all_reduce(total_weight, group=group)
-    total_weight = torch.as_tensor(total_weight, dtype=torch.float32, device=loss_B.device)
+    total_weight = torch.as_tensor(total_weight, dtype=torch.float32, device=weight_B.device)
     # A batch of nothing but padding has loss 0, not 0/0.
     share_B = torch.where(total_weight > 0, weight_B * _world_size(group) / total_weight, torch.zeros_like(weight_B))
-    loss = (share_B * loss_B).sum()
+    loss, hit_B = _WeightedSoftmax.apply(logits_BG, None if log_q_G is None else log_q_G.float(), no_negative_BG,
+                                         target_B, share_B)
+    counted_B = weight_B > 0
+    return loss, {"rows": counted_B.sum().float(), "hits": (counted_B & hit_B).sum().float()}
 
-    with torch.no_grad():
-        counted_B = weight_B > 0
-        hit_B = target_logit_B >= (logits_BG.amax(dim=1) if logits_BG.shape[1] else target_logit_B)
-        extras = {"rows": counted_B.sum().float(), "hits": (counted_B & hit_B).sum().float()}
-    return loss, extras
+
+class _WeightedSoftmax(torch.autograd.Function):
+    """sum_i share_i * l_i with l_i the softmax loss of row i over what is not masked, and whether row i hits.
+
+    One matrix of the logits' size is kept and worked on in place. Left to autograd this is twenty passes over that
+    matrix, which on a CPU cost as much as the towers' own arithmetic.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_BG, log_q_G, masked_BG, target_B, share_B):
+        logits_BG = logits_BG.float() - (0.0 if log_q_G is None else log_q_G)
+        logits_BG.masked_fill_(masked_BG, torch.finfo(torch.float32).min)
+        own_B1, share_B1 = target_B[:, None], share_B[:, None]
+        own_logit_B1 = logits_BG.gather(1, own_B1)
+        highest_B1 = logits_BG.amax(dim=1, keepdim=True) if logits_BG.shape[1] else own_logit_B1
+        odds_BG = logits_BG.sub_(highest_B1).exp_()
+        sum_B1 = odds_BG.sum(dim=1, keepdim=True)
+        loss = (share_B1 * (sum_B1.log() + (highest_B1 - own_logit_B1))).sum()
+        hit_B = (own_logit_B1 >= highest_B1).squeeze(1)
+        ctx.save_for_backward(odds_BG.mul_(share_B1 / sum_B1).scatter_add_(1, own_B1, -share_B1))
+        ctx.mark_non_differentiable(hit_B)
+        return loss, hit_B
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        (gradient_BG,) = ctx.saved_tensors
+        return gradient_BG * gradient, None, None, None, None
 
 
 class _GatherRows(torch.autograd.Function):

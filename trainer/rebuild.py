@@ -54,7 +54,9 @@ def encode_items(encode: Encode, features: ItemFeatures, row_N: np.ndarray, work
 def encode_requests(encode: Encode, collation: Collation, features: ItemFeatures, requests: Requests, history: int,
                     condition_Q: np.ndarray, workers: Workers) -> np.ndarray | None:
     """Query vectors of the requests under these conditions (seconds, NaN for none): float32 (Q, D) on the first
-    worker, else None. Only the latest `history` views of each are read."""
+    worker, else None; None too where there is no request. Only the latest `history` views of each are read."""
+    if not len(requests):
+        return None
     share = -(-len(requests) // workers.count)
     mine = np.arange(workers.rank * share, min((workers.rank + 1) * share, len(requests)))
     parts = []
@@ -63,7 +65,8 @@ def encode_requests(encode: Encode, collation: Collation, features: ItemFeatures
         asked = q if len(q) else np.zeros(1, np.int64)
         end_Q = requests.end_Q[asked]
         batch = collation.request_batch(features, requests.views, np.maximum(requests.begin_Q[asked], end_Q - history),
-                                        end_Q, requests.time_ms_Q[asked], condition_Q[asked], requests.ordinal_Q[asked])
+                                        end_Q, requests.time_ms_Q[asked], condition_Q[asked],
+                                        requests.ordinal_Q[asked])
         parts.append(encode("users", batch.to(workers.device))[:len(q)])
     gathered = workers.gather_rows(torch.cat(parts))
     return None if gathered is None else gathered.cpu().numpy()

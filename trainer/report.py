@@ -543,11 +543,10 @@ def _synthetic_lines(metrics: Mapping[str, Any]) -> list[str]:
     if not synthetic.get("ceiling"):
         return []
     k = _length(metrics)
-    ceilings = "; ".join(
-        f"{state} state {_number(_mean(strategies.get('none', {}), f'recall@{k}'), '.3f')}, with the true watch time "
-        f"{_number(_mean(strategies.get('oracle', {}), f'recall@{k}'), '.3f')}"
-        for state, strategies in synthetic["ceiling"].items())
-    lines = ["", f"recall@{k} of what the synthetic world knows: {ceilings}"]
+    lines = ["", f"recall@{k} of what the synthetic world knows, without and with the true watch time:"]
+    for state, strategies in synthetic["ceiling"].items():
+        recall = [_number(_mean(strategies.get(name, {}), f"recall@{k}"), ".3f") for name in ("none", "oracle")]
+        lines.append(f"  {state + ' state':<34}" + "".join(f"{value:>8}" for value in recall))
     states = list(synthetic["ceiling"])
     if synthetic["models"]:
         lines.append(f"share of the way from unconditioned to there ({', '.join(states)}):")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.conditions import WatchStatistics
+from trainer.conditions import WatchBuckets, WatchStatistics
 from trainer.windows import TargetViews, WindowRule, target_range
 
 USER_BINS = 20_000
 """Bins of log1p(seconds) up to a day: a median over users is within 0.06% of the exact one."""
 _MOST = np.log1p(86_400.0)
+_DEFAULT_BUCKETS = WatchBuckets()
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class TargetStatistics:
     """Counts over the training targets.
 
     views_N int64: targets of each item. known_views_N int64 and watch_sum_N float64: those with a known watch time
-    and their sum, seconds. bucket_views_NK int64: known ones by watch bucket. condition: range and user medians.
+    and their sum, seconds. bucket_views_NK int64: known ones by watch bucket. watch_views_B int64: all of them by
+    bucket of the condition, the unknown one first. condition: range and user medians.
     """
 
     views_N: np.ndarray
     known_views_N: np.ndarray
     watch_sum_N: np.ndarray
     bucket_views_NK: np.ndarray
+    watch_views_B: np.ndarray
     condition: WatchStatistics
 
     def log_q_N(self) -> np.ndarray:
@@ -41,17 +44,18 @@ class TargetStatistics:
 
 
 def target_statistics(load: Callable[[int], TargetViews], shards: int, rows: int, edges_s: Sequence[float],
-                      rule: WindowRule) -> TargetStatistics:
+                      rule: WindowRule, buckets: WatchBuckets = _DEFAULT_BUCKETS) -> TargetStatistics:
     """One pass over all shards.
 
     Args:
         load: shard number to its target views. shards: how many. rows: rows of the vocabulary (N).
         edges_s: lower edges of the watch-time buckets, seconds, the first one 0 (K).
-        rule: which views are training targets.
+        rule: which views are training targets. buckets: of the condition.
     """
     views_N, known_N = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     sum_N = np.zeros(rows)
     bucket_NK = np.zeros((rows, len(edges_s)), np.int64)
+    watch_B = np.zeros(buckets.rows, np.int64)
     average_bins, maximum_bins = np.zeros(USER_BINS, np.int64), np.zeros(USER_BINS, np.int64)
     least, most = np.inf, -np.inf
     for shard in range(shards):
@@ -61,6 +65,7 @@ def target_statistics(load: Callable[[int], TargetViews], shards: int, rows: int
         place_E = np.arange(len(owner_E))
         is_target_E = (place_E >= first_U[owner_E]) & (place_E < last_U[owner_E])
         views_N += np.bincount(views.item_row_E[is_target_E], minlength=rows)
+        watch_B += np.bincount(buckets.encode(views.watch_s_E[is_target_E]), minlength=buckets.rows)
         known_E = is_target_E & np.isfinite(views.watch_s_E)
         if not known_E.any():
             continue
@@ -80,7 +85,7 @@ def target_statistics(load: Callable[[int], TargetViews], shards: int, rows: int
         condition = WatchStatistics(0.0, 0.0, float("nan"), float("nan"))
     else:
         condition = WatchStatistics(float(least), float(most), _median(average_bins), _median(maximum_bins))
-    return TargetStatistics(views_N, known_N, sum_N, bucket_NK, condition)
+    return TargetStatistics(views_N, known_N, sum_N, bucket_NK, watch_B, condition)
 
 
 def _histogram(watch_s: np.ndarray) -> np.ndarray:

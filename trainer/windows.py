@@ -44,9 +44,12 @@ class TargetViews:
         """int64 (E,), the user (0..U-1) of each view."""
         return np.repeat(np.arange(len(self.user_id_U)), self.length_U)
 
-    def permuted(self, seed: int) -> TargetViews:
-        """The same views with the known watch times dealt out anew among them: a control that must show nothing."""
+    def permuted(self, seed: int, end_ms: int | None = None) -> TargetViews:
+        """The same views with the known watch times before `end_ms` dealt out anew among them: a control that must
+        show nothing."""
         known_E = np.isfinite(self.watch_s_E)
+        if end_ms is not None:
+            known_E &= self.timestamp_ms_E < end_ms
         watch_E = self.watch_s_E.copy()
         watch_E[known_E] = np.random.default_rng(seed).permutation(watch_E[known_E])
         return replace(self, watch_s_E=watch_E)
@@ -176,13 +179,27 @@ class BatchRows:
     """One worker's rows of a global batch, before they are collated: windows of several shards.
 
     parts: (views, windows) pairs, empty where a small last batch has no row for this worker; global_rows: windows of
-    the whole global batch, of which rows rank, rank + workers, .. are here.
+    the whole global batch, of which rows rank, rank + workers, .. are here. target_row_by_rank: item rows of the
+    targets of every worker, int64 each, in the order of the worker's own batch; every worker knows the whole plan, so
+    the columns of the softmax need not be asked for. None: one worker, whose targets are those of `parts`.
     """
 
     parts: list[tuple[TargetViews, Windows]]
     global_rows: int
     rank: int
     workers: int
+    target_row_by_rank: list[np.ndarray] | None = None
+
+
+def target_rows(parts: list[tuple[TargetViews, Windows]]) -> np.ndarray:
+    """int64, the item rows that windows predict, window by window in time order."""
+    rows = [np.zeros(0, dtype=np.int64)]
+    for views, windows in parts:
+        first_W = np.maximum(windows.first_target_W, windows.begin_W)
+        count_W = windows.end_W - first_W
+        shift_W = first_W - (np.cumsum(count_W) - count_W)
+        rows.append(views.item_row_E[np.repeat(shift_W, count_W) + np.arange(count_W.sum())])
+    return np.concatenate(rows)
 
 
 class EpochPlan:
@@ -197,7 +214,7 @@ class EpochPlan:
 
     def __init__(self, load, windows_per_shard: np.ndarray, rule: WindowRule, *, batch_rows: int, seed: int,
                  epoch: int, shuffle_shards: int):
-        self._load, self._rule, self.batch_rows = load, rule, batch_rows
+        self._load, self.rule, self.batch_rows = load, rule, batch_rows
         self._seed, self._epoch = seed, epoch
         self._windows_per_shard = np.asarray(windows_per_shard, dtype=np.int64)
         order = np.random.default_rng([seed, epoch, 1]).permutation(len(self._windows_per_shard))
@@ -232,7 +249,7 @@ class EpochPlan:
         """The group's windows in random order, as runs of one shard each."""
         rng = np.random.default_rng([self._seed, self._epoch, 2, number])
         views = [self._load(int(shard)) for shard in group]
-        windows = [cut_windows(v, self._rule, np.random.default_rng([self._seed, self._epoch, 3, int(shard)]))
+        windows = [cut_windows(v, self.rule, np.random.default_rng([self._seed, self._epoch, 3, int(shard)]))
                    for v, shard in zip(views, group, strict=True)]
         joined = join_views(views)
         shift = np.cumsum([0] + [len(v.item_row_E) for v in views])
@@ -268,13 +285,19 @@ def _split(parts, rows):
 
 
 def _mine(parts, rank, workers, rows) -> BatchRows:
+    dealt = [_dealt(parts, worker, workers) for worker in range(workers)]
+    return BatchRows(dealt[rank], rows, rank, workers, [target_rows(of_worker) for of_worker in dealt])
+
+
+def _dealt(parts, rank, workers):
+    """Windows rank, rank + workers, .. of all parts in a row."""
     mine, seen = [], 0
     for views, windows in parts:
         offset = (rank - seen) % workers
         if offset < len(windows):
             mine.append((views, windows.take(slice(offset, None, workers))))
         seen += len(windows)
-    return BatchRows(mine, rows, rank, workers)
+    return mine
 
 
 def load_targets(store: SequenceStore, shard: int, trainable=None) -> TargetViews:

@@ -5,6 +5,7 @@ Who starts the processes (Ray Train, a test) is not known here. With one worker 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,21 @@ class Workers:
             if found is not None:
                 kind, message = found
                 raise kind(message)
+
+    def on_first(self, act: Callable[[], Any]) -> Any:
+        """What `act` gives on the first worker, None on the others.
+
+        Raises:
+            WatchtowerError: what `act` raised, on every worker, so that nobody waits for the first one.
+        """
+        done, error = None, None
+        if self.first:
+            try:
+                done = act()
+            except WatchtowerError as failed:
+                error = failed
+        self.raise_together(error)
+        return done
 
     def mean(self, loss: Tensor) -> float:
         """The mean of a scalar over the workers; not finite as soon as one of them is not. One collective."""

@@ -54,7 +54,7 @@ class PlainCrm:
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = (torch.optim.AdamW(groups, lr=learning_rate) if optimizer == "adamw"
+        self.optimizer = (torch.optim.AdamW(groups, lr=learning_rate, fused=True) if optimizer == "adamw"
                           else torch.optim.SGD(groups, lr=learning_rate))
         self.table_optimizer = (RowwiseAdagrad(self.tables.values(), lr=table_learning_rate)
                                 if table_optimizer == "rowwise_adagrad"

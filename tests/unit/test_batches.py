@@ -54,7 +54,8 @@ def test_features_are_the_catalogues(content, rows, seed):
         assert batch.content_UC is None
     else:
         assert batch.content_UC.dtype == torch.float32
-        np.testing.assert_array_equal(batch.content_UC.numpy().reshape(-1, 4), catalogue.content_NC[rows].reshape(-1, 4))
+        content_UC = batch.content_UC.numpy().reshape(-1, 4)
+        np.testing.assert_array_equal(content_UC, catalogue.content_NC[rows].reshape(-1, 4))
 
 
 def test_a_catalogue_without_a_single_tag():

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import trainer.crm
 from made_views import HOUR_MS, T0, made_catalogue, made_views
 
+import trainer.crm
 from configs.schema import CrmConfig, ModelConfig
 from trainer.batches import Collation, ItemFeatures
 from trainer.catalogue import UserFeatures

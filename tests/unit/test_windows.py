@@ -1,4 +1,4 @@
-"""Windows and the order of an epoch against plain loops: every target once, nobody else's views, any number of workers."""
+"""Windows and an epoch's order against plain loops: every target once, nobody else's views, any number of workers."""
 
 from dataclasses import replace
 
@@ -134,7 +134,8 @@ def test_only_target_views_are_taken_out_of_a_shard(lengths, seed):
         begin, end = shard.offset_U[user], shard.offset_U[user] + shard.length_U[user]
         mine = slice(views.offset_U[user], views.offset_U[user] + views.length_U[user])
         assert views.item_row_E[mine].tolist() == [i for i in range(begin, end) if shard.is_target_E[i]]
-        np.testing.assert_array_equal(views.ordinal_E[mine], shard.is_ordinal_E[begin:end][shard.is_target_E[begin:end]])
+        ordinal = shard.is_ordinal_E[begin:end][shard.is_target_E[begin:end]]
+        np.testing.assert_array_equal(views.ordinal_E[mine], ordinal)
     assert views.trainable_U.all() and len(views.item_row_E) == shard.is_target_E.sum()
 
 
@@ -146,6 +147,16 @@ def test_permuted_watch_times_are_the_same_ones_elsewhere():
     assert (dealt.watch_s_E != views.watch_s_E).mean() > 0.5
     np.testing.assert_array_equal(dealt.watch_s_E, views.permuted(5).watch_s_E)
     np.testing.assert_array_equal(dealt.item_row_E, views.item_row_E)
+
+
+def test_watch_times_of_the_test_are_not_dealt_out_in_training():
+    views, end = made_views([30, 12]), T0 + 100 * HOUR_MS
+    early = views.timestamp_ms_E < end
+    assert early.any() and not early.all()
+    dealt = views.permuted(5, end)
+    np.testing.assert_array_equal(np.sort(dealt.watch_s_E[early]), np.sort(views.watch_s_E[early]))
+    np.testing.assert_array_equal(dealt.watch_s_E[~early], views.watch_s_E[~early])
+    assert (dealt.watch_s_E != views.watch_s_E)[early].mean() > 0.5
 
 
 def test_joined_shards_are_their_users_one_after_the_other():
@@ -160,7 +171,8 @@ def test_joined_shards_are_their_users_one_after_the_other():
 
 @st.composite
 def epochs(draw):
-    shards = [made_views(draw(st.lists(st.integers(0, 12), max_size=4)), 100 * s) for s in range(draw(st.integers(1, 5)))]
+    users = st.lists(st.integers(0, 12), max_size=4)
+    shards = [made_views(draw(users), 100 * s) for s in range(draw(st.integers(1, 5)))]
     # Ids of events that are distinct over shards, so that a window can be told by what it holds.
     shift = np.cumsum([0] + [len(v.item_row_E) for v in shards])
     shards = [replace(v, item_row_E=np.arange(len(v.item_row_E)) + shift[i]) for i, v in enumerate(shards)]

@@ -1,0 +1,548 @@
+"""Training on real processes: the loop with its checkpoints, indexes and evaluation, broken off and taken up again.
+
+Two spawns (2 and 1 ranks) run all cases; the tests then look at what they brought back.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from spawn import run_ranks
+
+from configs.schema import Config, ModelConfig
+
+T0 = 1_767_225_600_000  # midnight, the first day of the synthetic world
+DAY_MS = 86_400_000
+TRANSFORMER = ModelConfig(name="dt", tower="decision_transformer", condition="next")
+MLP = ModelConfig(name="mlp", tower="dnn", condition="to_go", loss_positions="last")
+PLAIN = ModelConfig(name="mlp_unconditioned", tower="dnn", condition="none", bayes=True)
+STOP_MID = 12  # a checkpoint in the middle of the second epoch
+
+
+def config_of(case: str, **train) -> Config:
+    tower = {"dim": 8, "history": 6, "layers": 1, "heads": 2, "hidden": 16, "dropout": train.pop("dropout", 0.1)}
+    return Config(
+        data={"shards": 4}, split={"validation_days": 1, "test_days": 1, **train.pop("split", {})},
+        crm={"models": [TRANSFORMER, MLP, PLAIN], "tower": tower, "tables": {"dim": 8}},
+        train={"batch_rows": 48, "epochs": 3, "learning_rate": 1e-2, "warmup_steps": 3, "checkpoint_every_steps": 4,
+               "keep_checkpoints": 2, "log_every_steps": 1, "shuffle_shards": 2, **train},
+        index={"threads": 1}, evaluate={"at": [5, 20], "queries": 60, "curve_queries": 30, "validation_queries": 40})
+
+
+# ------------------------------------------------------------------------------------------------------- the worlds
+
+def write_logs(folder: Path, columns: dict) -> None:
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(columns), folder / "logs.parquet")
+
+
+def ingested(folder: Path, logs: Path, items: Path | None) -> Path:
+    from launch.ingest import SerialExecutor, ingest
+
+    data = config_of("").data.model_copy(update={"logs": str(logs), "items": None if items is None else str(items)})
+    ingest(data, folder, SerialExecutor())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """`world`: 70 users; `cheated`: the same but for all that happens from the second day on; `three`: 3 users."""
+    from trainer.world import WorldSpec, write_world
+
+    root = tmp_path_factory.mktemp("training")
+    write_world(root / "synth", WorldSpec(users=70, items=60, views_per_user=40, days=6, content_dim=4, seed=3),
+                processes=1)
+    ingested(root / "world", root / "synth" / "logs", root / "synth" / "items.parquet")
+    table = pa.concat_tables(pq.read_table(path) for path in sorted((root / "synth" / "logs").glob("*.parquet")))
+    late = table["timestamp_ms"].to_numpy() >= T0 + DAY_MS
+    item, watch = table["item_id"].to_numpy().copy(), table["watch_time_s"].to_numpy(zero_copy_only=False).copy()
+    item[late] = np.sort(item)[len(item) // 2]  # one item is all that anybody ever sees again
+    watch[late] = 100.0
+    for name, values in (("item_id", item), ("watch_time_s", watch)):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    write_logs(root / "cheat-logs", {name: table[name] for name in ("user_id", "item_id", "timestamp_ms",
+                                                                    "watch_time_s")})
+    plain = pa.concat_tables(pq.read_table(path) for path in sorted((root / "synth" / "logs").glob("*.parquet")))
+    write_logs(root / "same-logs", {name: plain[name] for name in ("user_id", "item_id", "timestamp_ms",
+                                                                   "watch_time_s")})
+    for name in ("cheat", "same"):
+        ingested(root / name, root / f"{name}-logs", root / "synth" / "items.parquet")
+    rng = np.random.default_rng(0)
+    few = {"user_id": np.repeat([1, 2, 3], 8), "item_id": rng.integers(1, 9, 24),
+           "timestamp_ms": T0 + np.tile(np.arange(8), 3) * 12 * 3_600_000 + np.repeat([0, 1, 2], 8),
+           "watch_time_s": rng.exponential(40, 24).astype(np.float32) + 3}
+    write_logs(root / "three-logs", few)
+    ingested(root / "three", root / "three-logs", None)
+    return root
+
+
+# -------------------------------------------------------------------------------------------- what runs on the ranks
+
+class Stopped(Exception):
+    """A run that is broken off."""
+
+
+class Run:
+    """A run folder beside a world, and what happened in it."""
+
+    def __init__(self, root: Path, world: str, case: str, rank: int, workers: int):
+        import torch
+        import torch.distributed as dist
+
+        from trainer.workers import Workers
+
+        self.folder = root / "runs" / case
+        if rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "sequences").exists():
+                (self.folder / "sequences").symlink_to(root / world / "sequences")
+        dist.barrier()
+        self.workers = Workers(rank, workers, torch.device("cpu"))
+        self.events = []
+
+    def data(self, config):
+        from trainer.crm_data import CrmData
+
+        return CrmData(config, self.folder)
+
+    def train(self, config, model, stop=None, data=None, seed=0):
+        """Trains, or is stopped by the callable `stop(event, fields)` on every worker; returns what came of it."""
+        from trainer.loop import train_model
+
+        self.events = []
+
+        def write(event, **fields):
+            self.events.append((event, fields))
+            if stop is not None and stop(event, fields):
+                raise Stopped
+
+        try:
+            return train_model(data or self.data(config), model, seed, self.workers, write)
+        except Stopped:
+            return None
+
+    def told(self):
+        return {"losses": {f["step"]: f["loss"] for e, f in self.events if e == "train_step"},
+                "resumed": [f["global_step"] for e, f in self.events if e == "resume"],
+                "warnings": [f["message"] for e, f in self.events if e == "warning"],
+                "indexes": self.indexes(), "checkpoints": self.checkpoints()}
+
+    def indexes(self):
+        """Bytes of every published index, by model and watermark-step."""
+        return {f"{p.parents[2].name}/{p.parent.name}": p.read_bytes()
+                for p in sorted(self.folder.glob("indexes/*/seed=*/*/index.faiss"))}
+
+    def checkpoints(self):
+        return sorted(p.name for p in self.folder.glob("checkpoints/*/seed=*/step-*"))
+
+
+def at_checkpoint(step):
+    return lambda event, fields: event == "checkpoint" and fields["step"] == step
+
+
+def after_step(step):
+    return lambda event, fields: event == "train_step" and fields["step"] == step
+
+
+def two_workers(rank, workers, root):
+    told = {}
+    for case in (whole, broken_off, without_its_index, damaged, portable, not_finite, few_rows, daily, evaluated):
+        told |= case(root, rank, workers)
+    return told
+
+
+def whole(root, rank, workers):
+    run = Run(root, "world", "whole", rank, workers)
+    data = run.data(config_of("whole"))
+    trained = run.train(config_of("whole"), TRANSFORMER, data=data)
+    plans = [data.plan(TRANSFORMER, 0, epoch, data.slices[0]) for epoch in range(3)]
+    return {"whole": run.told() | {
+        "trained": {"best": trained.best.as_json(), "checkpoint": trained.checkpoint, "windows": trained.windows,
+                    "indexes": [index.as_json() for index in trained.indexes]},
+        "steps": [plan.steps for plan in plans], "watermark": data.times.validation_start_ms,
+        "events": [event for event, _ in run.events]}}
+
+
+def broken_off(root, rank, workers):
+    """Right behind a checkpoint of the second epoch; and two steps behind it, which are done again."""
+    told = {}
+    for case, stop in (("at-checkpoint", at_checkpoint(STOP_MID)), ("behind-it", after_step(STOP_MID + 2))):
+        run = Run(root, "world", case, rank, workers)
+        run.train(config_of(case), TRANSFORMER, stop)
+        first = run.told()
+        run.train(config_of(case), TRANSFORMER)
+        told[case] = {"first": first, "second": run.told()}
+    run.train(config_of(case), TRANSFORMER)  # once more, when all is done
+    told["done"] = run.told()
+    return told
+
+
+def without_its_index(root, rank, workers):
+    """The checkpoint of an epoch is there, its index is not: the machine's fault, which all workers hear of."""
+    from configs.errors import WatchtowerError
+    from trainer import rebuild
+
+    run = Run(root, "world", "no-index", rank, workers)
+    publish = rebuild.publish_index
+
+    def dies(*args, **named):
+        raise OSError("the machine went away")
+
+    rebuild.publish_index, message = dies, None
+    try:
+        run.train(config_of("no-index", checkpoint_every_steps=None), TRANSFORMER)
+    except WatchtowerError as error:
+        message = str(error)
+    finally:
+        rebuild.publish_index = publish
+    first = run.told()
+    run.train(config_of("no-index"), TRANSFORMER)
+    return {"no-index": {"first": first, "message": message, "second": run.told()}}
+
+
+def damaged(root, rank, workers):
+    run = Run(root, "world", "damaged", rank, workers)
+    run.train(config_of("damaged"), TRANSFORMER, at_checkpoint(STOP_MID))
+    first = run.told()
+    if rank == 0:
+        victim = max((run.folder / "checkpoints/dt/seed=0" / f"step-{STOP_MID}").glob("*.safetensors"))
+        content = bytearray(victim.read_bytes())
+        content[-3] ^= 1
+        victim.write_bytes(content)
+    run.train(config_of("damaged"), TRANSFORMER)
+    return {"damaged": {"first": first, "second": run.told()}}
+
+
+def portable(root, rank, workers):
+    """Without dropout in the towers a step does not know the number of workers."""
+    told = {}
+    for model in (TRANSFORMER, MLP):
+        run = Run(root, "world", f"two-{model.name}", rank, workers)
+        run.train(config_of("two", dropout=0.0), model)
+        told[run.folder.name] = run.told()
+        run = Run(root, "world", f"moved-{model.name}", rank, workers)
+        run.train(config_of("two", dropout=0.0), model, at_checkpoint(STOP_MID))
+    return told
+
+
+def not_finite(root, rank, workers):
+    """A content vector that is not finite, and a gradient: both strike behind a checkpoint, on all workers."""
+    from configs.errors import WatchtowerError
+
+    told = {}
+    for case in ("content", "gradient"):
+        run = Run(root, "world", f"nan-{case}", rank, workers)
+        config = config_of(case)
+        run.train(config, MLP, at_checkpoint(4))
+        data, heal = run.data(config), lambda: None
+        before = {p.name: p.read_bytes() for p in sorted(run.folder.glob("checkpoints/*/seed=0/step-4/*"))}
+        if case == "content":
+            data.features.content_NC = np.full_like(data.features.content_NC, np.nan)
+        else:
+            heal = poisoned()
+        try:
+            run.train(config, MLP, data=data)
+            message = None
+        except WatchtowerError as error:
+            message = str(error)
+        heal()
+        after = {p.name: p.read_bytes() for p in sorted(run.folder.glob("checkpoints/*/seed=0/step-4/*"))}
+        told[f"nan-{case}"] = run.told() | {"message": message, "untouched": before == after and len(before) > 3,
+                                            "users": [int(u) for s in range(4) for u in data.loader()(s).user_id_U]}
+    return told
+
+
+def poisoned():
+    """From now on the loss is finite and its gradient is not; returns what takes that back."""
+    import torch
+
+    from trainer.crm import CrmModel
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("nan")
+
+    loss = CrmModel.loss
+
+    def poisonous(self, batch, tables):
+        value, extras = loss(self, batch, tables)
+        return Poison.apply(value), extras
+
+    CrmModel.loss = poisonous
+    return lambda: setattr(CrmModel, "loss", loss)
+
+
+def few_rows(root, rank, workers):
+    """Three windows: over two workers one has one row less, or none."""
+    told = {}
+    for rows in (1, 2, 3):
+        run = Run(root, "three", f"rows-{rows}-over-{workers}", rank, workers)
+        # The config is that of one worker, so that 1 and 3 rows are allowed; there are two all the same.
+        config = config_of("three", dropout=0.0, batch_rows=rows, workers=1)
+        data = run.data(config)
+        run.train(config, TRANSFORMER, data=data)
+        plan = data.plan(TRANSFORMER, 0, 0, data.slices[0])
+        mine = [sum(len(w) for _, w in batch.parts) for batch in plan.batches(rank, workers)]
+        told[f"rows-{rows}"] = run.told() | {"plan": (plan.rows, plan.steps), "mine": mine}
+    return told
+
+
+def daily(root, rank, workers):
+    told = {}
+    for world in ("same", "cheat"):
+        run = Run(root, world, f"daily-{world}", rank, workers)
+        config = config_of("daily", slices="daily", epochs=2, decay="none")
+        data = run.data(config)
+        run.train(config, TRANSFORMER, data=data)
+        told[f"daily-{world}"] = run.told() | {"ends": [end for _, end in data.slices]}
+    return told
+
+
+def silent(event, **fields):
+    pass
+
+
+def evaluated(root, rank, workers):
+    from trainer.evaluate import evaluate_model, evaluate_popular
+
+    run = Run(root, "world", "evaluated", rank, workers)
+    config = config_of("evaluated", epochs=1)
+    data = run.data(config)
+    evaluate_popular(data, run.workers, silent, {"judged": "x"})
+    for model in (TRANSFORMER, PLAIN):
+        evaluate_model(data, model, run.train(config, model, data=data), run.workers, silent, {"judged": "x"})
+    # Nobody to judge: the users who are held out have no view.
+    nobody = root / "nobody.parquet"
+    if rank == 0:
+        pq.write_table(pa.table({"user_id": np.array([-77])}), nobody)
+    empty = Run(root, "world", "nobody", rank, workers)
+    config = config_of("nobody", epochs=1, split={"test_users": str(nobody)})
+    unjudged = empty.data(config)
+    evaluate_model(unjudged, PLAIN, empty.train(config, PLAIN, data=unjudged), empty.workers, silent, {})
+    return broken_evaluation(root, rank, workers) | {"evaluated": {"folder": str(run.folder), "views_N": data.statistics.views_N,
+                          "target_Q": data.test.target_row_Q(), "watch_Q": data.test.watch_s_Q,
+                          "begin_ms": data.times.test_start_ms, "end_ms": data.times.test_end_ms,
+                          "time_Q": data.test.time_ms_Q},
+            "nobody": {"requests": (len(unjudged.test), len(unjudged.validation)), "folder": str(empty.folder)}}
+
+
+def one_worker(rank, workers, root):
+    told = {}
+    for model in (TRANSFORMER, MLP):
+        run = Run(root, "world", f"moved-{model.name}", rank, workers)
+        run.train(config_of("two", dropout=0.0), model)
+        told[run.folder.name] = run.told()
+    return told | few_rows(root, rank, workers)
+
+
+def broken_evaluation(root, rank, workers):
+    """A number comes through the published files: where they are damaged there is none."""
+    from trainer.evaluate import evaluate_model
+
+    run = Run(root, "world", "damaged-files", rank, workers)
+    config = config_of("damaged-files", epochs=1)
+    data = run.data(config)
+    trained = run.train(config, TRANSFORMER, data=data)
+    told = {}
+    for case in ("index", "checkpoint"):
+        folder = Path(trained.best.folder if case == "index" else trained.checkpoint)
+        victim = max(p for p in folder.iterdir() if p.suffix in (".faiss", ".safetensors"))
+        if rank == 0:
+            content = bytearray(victim.read_bytes())
+            content[-1] ^= 1
+            victim.write_bytes(content)
+        run.workers.barrier()
+        try:
+            evaluate_model(data, TRANSFORMER, trained, run.workers, silent, {})
+        except Exception as error:
+            told[f"damaged {case}"] = (type(error).__name__, str(error), victim.name)
+    return told
+
+
+@pytest.fixture(scope="module")
+def ranks(worlds):
+    """What the two workers brought back; every case ran once."""
+    return run_ranks(2, two_workers, worlds, timeout_s=280)
+
+
+@pytest.fixture(scope="module")
+def two(ranks):
+    return ranks[0]
+
+
+@pytest.fixture(scope="module")
+def one(worlds, ranks):
+    return run_ranks(1, one_worker, worlds, timeout_s=200)[0]
+
+
+# ------------------------------------------------------------------------------------------------- the unbroken run
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_the_loss_falls_and_every_epoch_has_its_index(two, ranks):
+    told = two["whole"]
+    assert len(set(told["steps"])) == 1 and told["steps"][0] < STOP_MID < 2 * told["steps"][0]
+    losses = [told["losses"][step] for step in sorted(told["losses"])]
+    assert len(losses) == sum(told["steps"]) and mean(losses[-5:]) < mean(losses[:5]) - 0.1
+    assert ranks[1]["whole"]["losses"] == told["losses"]  # the mean of all workers, on all
+    per = told["steps"][0]
+    assert sorted(told["indexes"]) == sorted(f"dt/{told['watermark']}-{per * e}" for e in (1, 2, 3))
+    assert [index["step"] for index in told["trained"]["indexes"]] == [per, 2 * per, 3 * per]
+    assert told["trained"]["indexes"] == ranks[1]["whole"]["trained"]["indexes"]
+    assert [e for e in told["events"] if e in ("vectors", "index", "epoch")].count("index") == 3
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(two):
+    trained = two["whole"]["trained"]
+    scores = [max(index["validation"].values()) for index in trained["indexes"]]
+    assert max(trained["best"]["validation"].values()) == max(scores)
+    assert Path(trained["checkpoint"]).name == f"step-{trained['best']['step']}" in two["whole"]["checkpoints"]
+    assert len(two["whole"]["checkpoints"]) <= 3
+
+
+# ------------------------------------------------------------------------------------------------------ broken off
+
+@pytest.mark.parametrize("case", ["at-checkpoint", "behind-it"])
+def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(two, case):
+    first, second, whole = two[case]["first"], two[case]["second"], two["whole"]
+    assert max(first["losses"]) == (STOP_MID if case == "at-checkpoint" else STOP_MID + 2)
+    assert second["resumed"] == [STOP_MID] and min(second["losses"]) == STOP_MID + 1
+    assert first["losses"] | second["losses"] == whole["losses"]  # to the last bit
+    assert all(first["losses"][s] == whole["losses"][s] for s in first["losses"])
+    assert second["indexes"] == whole["indexes"] and second["checkpoints"] == whole["checkpoints"]
+
+
+def test_a_run_that_is_done_trains_no_step_more(two):
+    assert two["done"]["losses"] == {} and two["done"]["indexes"] == two["whole"]["indexes"]
+
+
+def test_an_epoch_whose_index_is_missing_gets_it(two, ranks):
+    first, second, whole = two["no-index"]["first"], two["no-index"]["second"], two["whole"]
+    assert first["indexes"] == {} and first["checkpoints"] == [f"step-{whole['steps'][0]}"]
+    assert {told["no-index"]["message"] for told in ranks} == {
+        "dt/seed=0: the index could not be rebuilt: OSError('the machine went away')"}
+    assert second["resumed"] == [whole["steps"][0]]
+    assert first["losses"] | second["losses"] == whole["losses"]
+    assert second["indexes"] == whole["indexes"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(two):
+    first, second, whole = two["damaged"]["first"], two["damaged"]["second"], two["whole"]
+    assert f"step-{STOP_MID}" in first["checkpoints"]
+    assert second["resumed"] and second["resumed"][0] < STOP_MID
+    assert len(second["warnings"]) == 1 and f"step-{STOP_MID} is damaged" in second["warnings"][0]
+    assert ".safetensors" in second["warnings"][0]
+    assert second["losses"] == {s: loss for s, loss in whole["losses"].items() if s > second["resumed"][0]}
+    assert second["indexes"] == whole["indexes"]
+
+
+@pytest.mark.parametrize("model", [TRANSFORMER.name, MLP.name])
+def test_a_checkpoint_of_two_workers_goes_on_with_one(one, two, model):
+    moved, whole = one[f"moved-{model}"], two[f"two-{model}"]
+    assert moved["resumed"] == [STOP_MID] and len(moved["losses"]) == len(whole["losses"]) - STOP_MID
+    for step, loss in moved["losses"].items():
+        assert loss == pytest.approx(whole["losses"][step], abs=1e-5)
+    assert moved["indexes"].keys() == whole["indexes"].keys()
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+@pytest.mark.parametrize("case, what", [("content", "loss"), ("gradient", "gradient of the towers")])
+def test_a_number_that_is_not_finite_stops_all_workers_and_names_the_batch(ranks, case, what):
+    messages = {told[f"nan-{case}"]["message"] for told in ranks}
+    assert len(messages) == 1  # both stopped, with the same words
+    (message,) = messages
+    assert message.startswith(f"mlp/seed=0: the {what} is not finite at epoch 0, step 4, seed 0, worker ")
+    users = message.split("its first users: ")[1].split(")")[0].split(", ")
+    assert users and {int(user) for user in users} <= set(ranks[0][f"nan-{case}"]["users"])
+    assert all(told[f"nan-{case}"]["untouched"] for told in ranks)
+
+
+# -------------------------------------------------------------------------------------- rows that workers do not divide
+
+@pytest.mark.parametrize("rows, mine", [(1, ([1, 1, 1], [0, 0, 0])), (2, ([1, 1], [1, 0])), (3, ([2], [1]))])
+def test_three_rows_over_two_workers_are_those_of_one(ranks, one, rows, mine):
+    case = f"rows-{rows}"
+    assert tuple(told[case]["mine"] for told in ranks) == mine
+    assert ranks[0][case]["plan"] == (3, -(-3 // rows))
+    losses, alone = ranks[0][case]["losses"], one[case]["losses"]
+    assert len(losses) == len(alone) == 3 * ranks[0][case]["plan"][1]
+    assert [losses[s] for s in sorted(losses)] == pytest.approx([alone[s] for s in sorted(alone)], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ time slices
+
+def test_daily_slices_leave_a_snapshot_for_every_end(two):
+    told = two["daily-same"]
+    assert told["ends"] == [T0 + day * DAY_MS for day in (1, 2, 3, 4)]
+    marks = sorted({int(name.split("/")[1].split("-")[0]) for name in told["indexes"]})
+    assert marks == told["ends"] and len(told["indexes"]) == 8  # two epochs each
+
+
+def test_an_index_knows_nothing_at_or_after_its_watermark(two):
+    """Tries to cheat: from the second day on everybody watches one item, for 100 s. The first day's indexes are the
+    same bytes; the later ones are not."""
+    same, cheat = two["daily-same"]["indexes"], two["daily-cheat"]["indexes"]
+    first = {name for name in same if f"/{T0 + DAY_MS}-" in name}
+    assert len(first) == 2
+    assert {name: cheat.get(name) == same[name] for name in first} == dict.fromkeys(first, True)
+    assert not any(cheat.get(name) == same[name] for name in same.keys() - first)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+def read_evaluation(folder, model):
+    folder = Path(folder) / "evaluation" / model / "seed=0"
+    return (pq.read_table(folder / "queries.parquet"), json.loads((folder / "curve.json").read_text()),
+            json.loads((folder / "summary.json").read_text()))
+
+
+def test_every_model_has_its_evaluation(two):
+    told = two["evaluated"]
+    assert {p.name for p in Path(told["folder"], "evaluation").iterdir()} == {
+        "dt", "mlp_unconditioned", "mlp_bayes", "popular"}
+    for model, strategies in (("dt", {"null", "average", "maximum", "multiplexed", "fixed_60", "oracle"}),
+                              ("mlp_bayes", {"null", "average", "maximum", "multiplexed", "fixed_60", "oracle"}),
+                              ("mlp_unconditioned", {"none"}), ("popular", {"none"})):
+        queries, curve, summary = read_evaluation(told["folder"], model)
+        assert {name.split(".")[0] for name in queries.column_names if "." in name} == strategies
+        assert queries["timestamp_ms"].to_pylist() == told["time_Q"].tolist() and summary["judged"] == "x"
+        assert all(told["begin_ms"] <= t < told["end_ms"] for t in queries["timestamp_ms"].to_pylist())
+        assert len(curve) == (0 if strategies == {"none"} else 5)
+        assert (Path(told["folder"]) / summary["index"]["folder"] / "index.faiss").exists()
+        hits = np.array([queries[f"{s}.recall@20"].to_numpy() for s in strategies])
+        assert ((hits == 0) | (hits == 1)).all()  # one view is to be found
+
+
+def test_the_popular_lists_are_those_of_the_training_targets(two):
+    told = two["evaluated"]
+    queries, _, _ = read_evaluation(told["folder"], "popular")
+    least = np.sort(told["views_N"][1:])[-20]
+    found = queries["none.recall@20"].to_numpy()
+    views_Q = told["views_N"][told["target_Q"]]
+    assert found[views_Q > least].all() and not found[views_Q < least].any()
+
+
+def test_where_there_is_nobody_to_judge_the_run_still_ends(two):
+    told = two["nobody"]
+    assert told["requests"] == (0, 0)
+    for model in ("mlp_unconditioned", "mlp_bayes"):
+        queries, curve, summary = read_evaluation(told["folder"], model)
+        assert len(queries) == len(curve) == 0 and summary["index"]["bytes"] > 0
+
+
+@pytest.mark.parametrize("what", ["index", "checkpoint"])
+def test_a_damaged_publication_gives_no_number(ranks, what):
+    assert ranks[0][f"damaged {what}"] == ranks[1][f"damaged {what}"]  # nobody is left waiting
+    kind, message, file = ranks[0][f"damaged {what}"]
+    assert kind == "WatchtowerError" and file in message and "damaged" in message
