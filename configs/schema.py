@@ -199,7 +199,8 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the towers")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
     decay: Literal["none", "cosine", "linear"] = Field("cosine", description="learning rate after warm-up")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="DeepSpeed ZeRO stage; null: 1 with bf16, else 0 (the fastest where towers are small)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on the CPU")
     gradient_clip_norm: PositiveFloat | None = Field(1.0, description="norm that tower gradients are clipped to")
     checkpoint_every_steps: Positive | None = Field(500, description="steps between checkpoints; null: epochs only")

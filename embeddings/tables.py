@@ -180,9 +180,16 @@ class ShardedTables(nn.Module):
         Raises:
             ValueError: if the keys are not the tables or their order changed; on CPU also if an id is out of range.
         """
+        return self.begin(features).rows()
+
+    def begin(self, features: KeyedJaggedTensor) -> "Lookup":
+        """Sends the ids on their way, for rows that are wanted later; `forward` in two halves. Collective.
+
+        The ids of the next batch travel while this one is computed: three of the five collectives of a lookup then
+        cost no waiting. The rows are read when `Lookup.rows` is called, so they are as fresh as those of `forward`.
+        """
         self._check_features(features)
-        looked_up = self._collection(features).wait()
-        return {spec.name: looked_up[spec.name].values() for spec in self.specs}
+        return Lookup(self._collection, features, [spec.name for spec in self.specs])
 
     @property
     def learning_rate(self) -> float:
@@ -271,6 +278,27 @@ class ShardedTables(nn.Module):
                     raise ValueError(f"table {spec.name}: ids span {low} to {high}, rows are 0 to {spec.rows - 1}")
 
 
+class Lookup:
+    """A lookup on its way: `begin`, then perhaps `send`, then `rows`, each of them collective and in one order."""
+
+    def __init__(self, collection, features: KeyedJaggedTensor, names: list[str]):
+        self._collection, self._names = collection, names
+        self._context = collection.create_context()
+        self._sizes = collection.input_dist(self._context, features)
+        self._ids = None
+
+    def send(self) -> None:
+        """The second leg: all know by now how many ids come from whom, and the ids themselves follow."""
+        if self._ids is None:
+            self._ids = self._sizes.wait()
+
+    def rows(self) -> dict[str, Tensor]:
+        """What `ShardedTables.forward` returns; once."""
+        self.send()
+        looked_up = self._collection.compute_and_output_dist(self._context, self._ids.wait()).wait()
+        return {name: looked_up[name].values() for name in self._names}
+
+
 def gather_full(tables: ShardedTables, kind: StateKind = "weight") -> dict[str, Tensor]:
     """Every table whole, on the CPU of every rank, for tests and small tables. Collective.
 
@@ -317,6 +345,34 @@ def _plan(
 ) -> Mapping[str, Any]:
     """Rank 0 plans, all ranks get the same plan: {table: ParameterSharding}."""
     world_size = dist.get_world_size(process_group)
+    allowed = {spec.name: _sharding_types(spec, world_size) for spec in specs}
+    try:
+        plan = _planned(allowed, collection, sharder, device, process_group)
+        free = [spec for spec in specs if len(allowed[spec.name]) > 1]
+        if not free:
+            return plan
+        # Every kind of sharding costs five collectives a step of its own, so the small tables go with the largest.
+        kind = plan[max(free, key=lambda spec: spec.rows).name].sharding_type
+        if all(plan[spec.name].sharding_type == kind for spec in free):
+            return plan
+        return _planned(allowed | {spec.name: [kind] for spec in free}, collection, sharder, device, process_group)
+    except PlannerError as error:
+        gib = sum(spec.rows * spec.dim * 4 for spec in specs) / 2**30
+        raise InputError(
+            f"the embedding tables ({gib:.1f} GiB) find no place on {world_size} worker(s): use more workers, "
+            f"fewer rows or a smaller dim ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _planned(
+    allowed: Mapping[str, list[str]],
+    collection: EmbeddingCollection,
+    sharder: EmbeddingCollectionSharder,
+    device: torch.device,
+    process_group: dist.ProcessGroup,
+) -> Mapping[str, Any]:
+    """TorchRec's plan with the sharding types that each table may have."""
+    world_size = dist.get_world_size(process_group)
     # The planner's default of 32 GB a GPU is not what most devices have.
     capacity = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory} if device.type == "cuda" else {}
     planner = EmbeddingShardingPlanner(
@@ -328,20 +384,12 @@ def _plan(
         ),
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         constraints={
-            spec.name: ParameterConstraints(sharding_types=_sharding_types(spec, world_size), compute_kernels=["fused"])
-            for spec in specs
+            name: ParameterConstraints(sharding_types=types, compute_kernels=["fused"]) for name, types in allowed.items()
         },
         stats=[],
         debug=False,
     )
-    try:
-        return planner.collective_plan(collection, [sharder], process_group).plan[""]
-    except PlannerError as error:
-        gib = sum(spec.rows * spec.dim * 4 for spec in specs) / 2**30
-        raise InputError(
-            f"the embedding tables ({gib:.1f} GiB) find no place on {world_size} worker(s): use more workers, "
-            f"fewer rows or a smaller dim ({str(error).strip().splitlines()[0]})"
-        ) from error
+    return planner.collective_plan(collection, [sharder], process_group).plan[""]
 
 
 def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:

@@ -260,7 +260,8 @@ class Collation:
             read_R=torch.from_numpy(np.flatnonzero(read_BP.ravel()[place_V])),
             user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
             windows=len(inside_BP), positions=inside_BP.shape[1],
-            target_row_G=torch.from_numpy(target_row_G), target_log_q_G=torch.from_numpy(features.log_q_N[target_row_G]),
+            target_row_G=torch.from_numpy(target_row_G),
+            target_log_q_G=torch.from_numpy(features.log_q_N[target_row_G]),
             targets_per_rank=[len(rows) for rows in target_row_by_rank or []])
 
     def _empty(self, features: ItemFeatures, target_row_by_rank: list[np.ndarray]) -> WindowBatch:

@@ -44,7 +44,7 @@ class CrmData:
         self._load = lru_cache(maxsize=max(2, config.train.shuffle_shards + 1))(self._read)
         self._permuted = lru_cache(maxsize=max(2, config.train.shuffle_shards + 1))(
             lambda shard: self._load(shard).permuted(shard, self.times.validation_start_ms))
-        self._features_until = lru_cache(maxsize=2)(self._count_features)
+        self._statistics_until = lru_cache(maxsize=2)(self._count_statistics)
         if not self.statistics.views_N.sum():
             raise InputError("split: no target view lies before split.validation_start "
                              f"({self.times.validation_start_ms} ms); move it, or check data.target")
@@ -103,24 +103,26 @@ class CrmData:
     @cached_property
     def statistics(self) -> TargetStatistics:
         """Of the training targets, all slices."""
+        return self._count_statistics(self.slices[-1][1])
+
+    def statistics_until(self, end_ms: int) -> TargetStatistics:
+        """Of the training targets before `end_ms`: all that a slice which ends there may know."""
+        return self.statistics if end_ms == self.slices[-1][1] else self._statistics_until(end_ms)
+
+    def _count_statistics(self, end_ms: int) -> TargetStatistics:
         model = ModelConfig(name="all", tower="dnn")
         return target_statistics(self._load, self.store.shards, len(self.catalogue.item_id_N),
-                                 self.config.evaluate.bayes_edges_s, self.rule(model, (None, self.slices[-1][1])),
-                                 self.buckets)
+                                 self.config.evaluate.bayes_edges_s, self.rule(model, (None, end_ms)), self.buckets)
 
     @cached_property
     def features(self) -> ItemFeatures:
         return ItemFeatures(self.catalogue, self.statistics.log_q_N(), self.store.users)
 
     def features_until(self, end_ms: int) -> ItemFeatures:
-        """The features with the log q of the targets before `end_ms`: all that a slice which ends there may know."""
-        return self.features if end_ms == self.slices[-1][1] else self._features_until(end_ms)
-
-    def _count_features(self, end_ms: int) -> ItemFeatures:
-        model = ModelConfig(name="all", tower="dnn")
-        counted = target_statistics(self._load, self.store.shards, len(self.catalogue.item_id_N),
-                                    self.config.evaluate.bayes_edges_s, self.rule(model, (None, end_ms)))
-        return ItemFeatures(self.catalogue, counted.log_q_N(), self.store.users)
+        """The features with the log q of the targets before `end_ms`."""
+        if end_ms == self.slices[-1][1]:
+            return self.features
+        return ItemFeatures(self.catalogue, self.statistics_until(end_ms).log_q_N(), self.store.users)
 
     @cached_property
     def duration_bin_N(self) -> np.ndarray:

@@ -25,7 +25,7 @@ import torch
 
 from configs.errors import WatchtowerError
 from configs.schema import Config, ModelConfig
-from embeddings.tables import ShardedTables
+from embeddings.tables import Lookup, ShardedTables
 from trainer import checkpoint
 from trainer.batches import Prefetched, WindowBatch
 from trainer.crm import CrmModel, FeatureSizes, table_specs
@@ -103,6 +103,13 @@ def precision(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
+def zero_stage(config: Config, device: torch.device) -> int:
+    """null is the least that the precision allows."""
+    if config.train.zero_stage is not None:
+        return config.train.zero_stage
+    return 1 if precision(config, device) == "bf16" else 0
+
+
 def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, write: Write) -> TrainedModel:
     """Trains one model with one seed, from its newest checkpoint if there is one, and rebuilds its index after
     every epoch. Collective.
@@ -147,7 +154,8 @@ def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, 
     if newest is not None:
         checkpoint.load_before_engine(newest, tables, module)
     engine = DenseEngine(module, EngineSpec(
-        zero_stage=train.zero_stage, precision=precision(config, workers.device), optimizer=train.optimizer,
+        zero_stage=zero_stage(config, workers.device), precision=precision(config, workers.device),
+        optimizer=train.optimizer,
         learning_rate=train.learning_rate, weight_decay=train.weight_decay if train.optimizer == "adamw" else 0.0,
         gradient_clip_norm=train.gradient_clip_norm,
         rows_per_rank_step=max(1, (model.batch_rows or train.batch_rows) // workers.count)), device=workers.device)
@@ -170,7 +178,8 @@ def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, 
 
 def fingerprint(data: CrmData, model: ModelConfig) -> str:
     """What decides a model's numbers: its config, the towers', the training's and the sequences. The number of
-    workers and the places where things run are left out: a run may continue on another cluster."""
+    workers, the places where things run and the gate of the index are left out: a run may continue on another cluster,
+    or under the lower gate that it asked for."""
     config = data.config
     crm = config.crm.model_dump(mode="json", exclude={"models", "publish"})
     train = config.train.model_dump(mode="json", exclude={
@@ -178,7 +187,7 @@ def fingerprint(data: CrmData, model: ModelConfig) -> str:
         "log_every_steps", "max_restarts", "timeout_s"})
     judged = config.evaluate.model_dump(mode="json", include={"future", "seed", "validation_queries"})
     parts = [model.model_dump(mode="json"), crm, train, config.split.model_dump(mode="json"),
-             config.index.model_dump(mode="json", exclude={"threads", "device"}), judged,
+             config.index.model_dump(mode="json", exclude={"threads", "device", "min_recall"}), judged,
              data.store.manifest["input"]["fingerprint"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -205,7 +214,9 @@ def _newest_checkpoint(folder: Path, expected: str, workers: Workers, write: Wri
 def build_model(data: CrmData, model: ModelConfig, seed: int, device: torch.device) -> tuple[ShardedTables, CrmModel]:
     """Fresh tables and towers; the same values whatever the number of workers. Collective."""
     crm = data.config.crm
-    sizes = FeatureSizes.of(data.catalogue, data.store.users, data.statistics.watch_views_B)
+    # The first slice's counts: an index of that slice must not know of later ones.
+    known = data.statistics_until(data.slices[0][1])
+    sizes = FeatureSizes.of(data.catalogue, data.store.users, known.watch_views_B)
     tables = ShardedTables(table_specs(sizes, crm), device=device, optimizer=crm.tables.optimizer,
                            learning_rate=crm.tables.learning_rate, seed=seed)
     torch.manual_seed(seed)
@@ -219,9 +230,9 @@ def _train_epoch(running: _Running, plan: EpochPlan, position: Position) -> None
                          time.perf_counter)
     log = StepLog(running, plan, position, batches)
     running.engine.train()
-    for batch in batches:
+    for batch, lookup, upcoming in _looked_up(running, batches):
         torch.manual_seed(_step_seed(running.seed, position.epoch, position.step, workers.rank))
-        loss = _step(running, batch.to(workers.device), position)
+        loss = _step(running, batch, lookup, upcoming, position)
         position.step += 1
         position.global_step += 1
         log.step(loss)
@@ -239,13 +250,28 @@ def _batches(running: _Running, plan, epoch: int, first_step: int) -> Iterator[W
         yield collation.window_batch(features, mine, rng)
 
 
-def _step(running: _Running, batch: WindowBatch, position: Position) -> float:
+def _looked_up(running: _Running, batches) -> Iterator[tuple[WindowBatch, Lookup, Lookup | None]]:
+    """Each batch with its own lookup and that of the batch after it, whose ids set off before this one is computed."""
+    ready = None
+    for batch in batches:
+        batch = batch.to(running.workers.device)
+        lookup = running.tables.begin(batch.items.features)
+        if ready is not None:
+            yield *ready, lookup
+        ready = batch, lookup
+    if ready is not None:
+        yield *ready, None
+
+
+def _step(running: _Running, batch: WindowBatch, lookup: Lookup, upcoming: Lookup | None, position: Position) -> float:
     """One step on all workers: the mean loss of the global batch. A loss that is not finite changes nothing."""
     _set_learning_rate(running, position.global_step)
-    loss, _ = running.engine("loss", batch, running.tables(batch.items.features))
+    loss, _ = running.engine("loss", batch, lookup.rows())
     mean = running.workers.mean(loss)
     if not math.isfinite(mean):
         _stop_not_finite(running, batch, position, "loss", not math.isfinite(float(loss)))
+    if upcoming is not None:
+        upcoming.send()
     running.engine.backward(loss)
     if not running.engine.step():
         _stop_not_finite(running, batch, position, "gradient of the towers", True)
@@ -401,7 +427,8 @@ class StepLog:
         rows = min(self._steps * self._plan.batch_rows, self._plan.rows)
         self._write(
             "train_step", model=self._name, epoch=self._position.epoch + 1, epochs=self._epochs,
-            step=self._position.global_step, steps=self._total_steps, loss=loss, mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
+            step=self._position.global_step, steps=self._total_steps, loss=loss,
+            mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
             wait_share=min(1.0, (self._batches.waited_s - self._waited) / seconds),
             memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             eta_s=(self._total_steps - self._position.global_step) * seconds / self._steps)

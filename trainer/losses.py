@@ -176,11 +176,11 @@ class _WeightedSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         (gradient_BG,) = ctx.saved_tensors
-        return gradient_BG * gradient, None, None, None, None
+        return gradient_BG.mul_(gradient), None, None, None, None
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather of unequal row counts; backward is a reduce-scatter with SUM."""
+    """All-gather of unequal row counts; backward gives each rank the sum of what all ask of its rows."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, rows_per_rank: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -189,8 +189,15 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_GD: Tensor) -> tuple[Tensor, None, None]:
-        rows_per_rank, most = ctx.rows_per_rank, max(ctx.rows_per_rank)
-        mine = rows_per_rank[dist.get_rank(ctx.group)]
+        rows_per_rank, group = ctx.rows_per_rank, ctx.group
+        mine = rows_per_rank[dist.get_rank(group)]
+        if dist.get_backend(group) == "gloo":
+            # Its reduce-scatter is an all-reduce and a cut: twice the bytes, and it wants equal parts.
+            asked = gradient_GD.new_empty(len(rows_per_rank) * mine, *gradient_GD.shape[1:])
+            dist.all_to_all_single(asked, gradient_GD.contiguous(), output_split_sizes=[mine] * len(rows_per_rank),
+                                   input_split_sizes=rows_per_rank, group=group)
+            return asked.unflatten(0, (len(rows_per_rank), mine)).sum(dim=0), None, None
+        most = max(rows_per_rank)
         if min(rows_per_rank) == most:
             padded = gradient_GD.contiguous()
         else:
@@ -200,7 +207,7 @@ class _GatherRows(torch.autograd.Function):
             padded = padded.flatten(0, 1)
         reduced = gradient_GD.new_empty(most, *gradient_GD.shape[1:])
         if most > 0:
-            _reduce_scatter(reduced, padded, group=ctx.group)
+            _reduce_scatter(reduced, padded, group=group)
         return reduced[:mine], None, None
 
 

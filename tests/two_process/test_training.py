@@ -19,7 +19,7 @@ DAY_MS = 86_400_000
 TRANSFORMER = ModelConfig(name="dt", tower="decision_transformer", condition="next")
 MLP = ModelConfig(name="mlp", tower="dnn", condition="to_go", loss_positions="last")
 PLAIN = ModelConfig(name="mlp_unconditioned", tower="dnn", condition="none", bayes=True)
-STOP_MID = 12  # a checkpoint in the middle of the second epoch
+STOP_MID = 20  # a checkpoint in the middle of the second epoch
 
 
 def config_of(case: str, **train) -> Config:
@@ -27,7 +27,7 @@ def config_of(case: str, **train) -> Config:
     return Config(
         data={"shards": 4}, split={"validation_days": 1, "test_days": 1, **train.pop("split", {})},
         crm={"models": [TRANSFORMER, MLP, PLAIN], "tower": tower, "tables": {"dim": 8}},
-        train={"batch_rows": 48, "epochs": 3, "learning_rate": 1e-2, "warmup_steps": 3, "checkpoint_every_steps": 4,
+        train={"batch_rows": 24, "epochs": 3, "learning_rate": 2e-2, "warmup_steps": 3, "checkpoint_every_steps": 4,
                "keep_checkpoints": 2, "log_every_steps": 1, "shuffle_shards": 2, **train},
         index={"threads": 1}, evaluate={"at": [5, 20], "queries": 60, "curve_queries": 30, "validation_queries": 40})
 
@@ -327,11 +327,11 @@ def evaluated(root, rank, workers):
     config = config_of("nobody", epochs=1, split={"test_users": str(nobody)})
     unjudged = empty.data(config)
     evaluate_model(unjudged, PLAIN, empty.train(config, PLAIN, data=unjudged), empty.workers, silent, {})
-    return broken_evaluation(root, rank, workers) | {"evaluated": {"folder": str(run.folder), "views_N": data.statistics.views_N,
-                          "target_Q": data.test.target_row_Q(), "watch_Q": data.test.watch_s_Q,
-                          "begin_ms": data.times.test_start_ms, "end_ms": data.times.test_end_ms,
-                          "time_Q": data.test.time_ms_Q},
+    told = {"evaluated": {"folder": str(run.folder), "views_N": data.statistics.views_N,
+                          "target_Q": data.test.target_row_Q(), "time_Q": data.test.time_ms_Q,
+                          "begin_ms": data.times.test_start_ms, "end_ms": data.times.test_end_ms},
             "nobody": {"requests": (len(unjudged.test), len(unjudged.validation)), "folder": str(empty.folder)}}
+    return told | broken_evaluation(root, rank, workers)
 
 
 def one_worker(rank, workers, root):
@@ -393,9 +393,9 @@ def test_the_loss_falls_and_every_epoch_has_its_index(two, ranks):
     told = two["whole"]
     assert len(set(told["steps"])) == 1 and told["steps"][0] < STOP_MID < 2 * told["steps"][0]
     losses = [told["losses"][step] for step in sorted(told["losses"])]
-    assert len(losses) == sum(told["steps"]) and mean(losses[-5:]) < mean(losses[:5]) - 0.1
-    assert ranks[1]["whole"]["losses"] == told["losses"]  # the mean of all workers, on all
     per = told["steps"][0]
+    assert len(losses) == sum(told["steps"]) and mean(losses[-per:]) < mean(losses[:per]) - 0.1
+    assert ranks[1]["whole"]["losses"] == told["losses"]  # the mean of all workers, on all
     assert sorted(told["indexes"]) == sorted(f"dt/{told['watermark']}-{per * e}" for e in (1, 2, 3))
     assert [index["step"] for index in told["trained"]["indexes"]] == [per, 2 * per, 3 * per]
     assert told["trained"]["indexes"] == ranks[1]["whole"]["trained"]["indexes"]
@@ -466,6 +466,28 @@ def test_a_number_that_is_not_finite_stops_all_workers_and_names_the_batch(ranks
     users = message.split("its first users: ")[1].split(")")[0].split(", ")
     assert users and {int(user) for user in users} <= set(ranks[0][f"nan-{case}"]["users"])
     assert all(told[f"nan-{case}"]["untouched"] for told in ranks)
+
+
+# --------------------------------------------------------------------------------- whose checkpoint a checkpoint is
+
+def test_a_run_knows_its_checkpoints_wherever_it_goes_on():
+    from types import SimpleNamespace
+
+    from trainer.loop import fingerprint
+
+    def told(model=TRANSFORMER, logs="a", **sections):
+        config = config_of("any")
+        config = config.model_copy(update={name: getattr(config, name).model_copy(update=changed)
+                                           for name, changed in sections.items()})
+        store = SimpleNamespace(manifest={"input": {"fingerprint": logs}})
+        return fingerprint(SimpleNamespace(config=config, store=store), model)
+
+    same = ({"train": {"workers": 3}}, {"train": {"device": "cpu"}}, {"train": {"checkpoint_every_steps": 9}},
+            {"index": {"threads": 2}}, {"index": {"min_recall": 0.1}}, {"evaluate": {"queries": 7}})
+    assert {told(**changed) for changed in same} == {told()}
+    other = ({"model": MLP}, {"logs": "b"}, {"train": {"batch_rows": 8}}, {"train": {"learning_rate": 1.0}},
+             {"crm": {"temperature": 2.0}}, {"index": {"factory": "HNSW8"}}, {"evaluate": {"validation_queries": 7}})
+    assert len({told(**changed) for changed in other} | {told()}) == len(other) + 1
 
 
 # -------------------------------------------------------------------------------------- rows that workers do not divide

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from made_views import HOUR_MS, made_catalogue, made_views
 
 from trainer.batches import GAP_BUCKETS, GAP_MAX_S, HOURS, Collation, ItemFeatures, Prefetched
+from trainer.catalogue import UserFeatures
 from trainer.conditions import WatchBuckets, returns
 from trainer.windows import BatchRows, EpochPlan, WindowRule, Windows, count_windows, cut_windows
 
@@ -64,6 +65,22 @@ def test_a_catalogue_without_a_single_tag():
     batch = ItemFeatures(catalogue, np.zeros(ITEMS)).take(np.array([3, 1]))
     assert batch.features["tag"].lengths().tolist() == [0, 0] and len(batch.tag_item_T) == 0
     assert batch.features.keys() == ["item", "author", "tag"]
+
+
+@given(st.lists(st.integers(0, ITEMS - 1), max_size=4), st.lists(st.integers(-3, 12), max_size=6))
+def test_users_stand_behind_the_items_and_unknown_ones_have_row_0(rows, users):
+    known = UserFeatures(np.array([1, 4, 9]), {"city": np.array([3, 1, 2], np.int32)}, {"city": 4})
+    made = ItemFeatures(made_catalogue(ITEMS), np.zeros(ITEMS), known)
+    plain = features().take(np.array(rows, np.int64)).features
+    batch = made.take(np.array(rows, np.int64), np.array(users, np.int64)).features
+    assert batch.keys() == [*plain.keys(), "user_city"]
+    assert batch["user_city"].values().tolist() == [{1: 3, 4: 1, 9: 2}.get(user, 0) for user in users]
+    assert batch["user_city"].lengths().tolist()[:len(users)] == [1] * len(users)
+    for key in plain.keys():
+        assert batch[key].values().tolist() == plain[key].values().tolist()
+        assert batch[key].lengths().tolist()[:len(rows)] == plain[key].lengths().tolist()
+        assert not any(batch[key].lengths().tolist()[len(rows):])
+    assert made.take(np.array(rows, np.int64)).features["user_city"].values().tolist() == []  # the index asks without
 
 
 # --------------------------------------------------------------------------------------------------- the plain loops
@@ -200,6 +217,12 @@ def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, w
     shared = [walk(rank, workers) for rank in range(workers)]
     for step, batch in enumerate(alone):
         whole = told(batch)
+        targets = [[p[0] for w in whole[rank::workers] for p in w if p[5]] for rank in range(workers)]
+        assert batch.targets_per_rank == [sum(map(len, targets))] == [len(batch.read_R)]
+        for mine in (shared[rank][step] for rank in range(workers)):  # each knows the columns of all
+            assert mine.targets_per_rank == [len(rows) for rows in targets]
+            assert mine.target_row_G.tolist() == [row for rows in targets for row in rows]
+            np.testing.assert_array_equal(mine.target_log_q_G, f.log_q_N[mine.target_row_G])
         for rank in range(workers):
             mine = shared[rank][step]
             if rank >= batch.windows:  # no row left for this worker: the unknown item, and no target

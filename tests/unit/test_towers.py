@@ -15,6 +15,7 @@ from trainer.catalogue import UserFeatures
 from trainer.conditions import WatchBuckets
 from trainer.crm import CrmModel, FeatureSizes, table_specs
 from trainer.requests import sample_requests
+from trainer.towers import Dropout, WatchLookup
 from trainer.windows import BatchRows, WindowRule, cut_windows
 
 ITEMS, HISTORY, DIM = 40, 9, 16
@@ -28,8 +29,8 @@ USERS = UserFeatures(np.arange(0, 200, 2), {"city": np.arange(100, dtype=np.int3
 class Made:
     """A model in eval mode with random tables, and the batches it is asked with."""
 
-    def __init__(self, tower, condition, *, seed=0, users=False, **crm):
-        config = {"tower": {"dim": DIM, "history": HISTORY, "layers": 2, "heads": 2, "hidden": 24, "dropout": 0.5},
+    def __init__(self, tower, condition, *, seed=0, users=False, dropout=0.5, **crm):
+        config = {"tower": {"dim": DIM, "history": HISTORY, "layers": 2, "heads": 2, "hidden": 24, "dropout": dropout},
                   "tables": {"dim": 8}, "condition": {"buckets": 20, "max_s": 300.0}}
         crm = CrmConfig(**{**config, **crm})
         sizes = FeatureSizes.of(CATALOGUE, USERS if users else None)
@@ -228,6 +229,68 @@ def test_the_pools_of_the_mlp_are_weighted_means_of_the_past():
             past = token_VD[v - position:v]
             wanted = (weight[:, None] * past).sum(0) / weight.sum() if position else torch.zeros(DIM)
             torch.testing.assert_close(pools[place, k * DIM:(k + 1) * DIM], wanted, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ in training
+
+def in_training(made, batch, seed=7):
+    torch.manual_seed(seed)
+    made.model.train()
+    try:
+        return made.at_all(batch)
+    finally:
+        made.model.eval()
+
+
+@pytest.mark.parametrize("tower, condition", BOTH)
+def test_with_dropout_too_no_vector_sees_anything_later(tower, condition):
+    made = Made(tower, condition)
+    batch = made.windows(mixed_views())
+    position_V = batch.place_V % batch.positions
+    before = in_training(made, batch)
+    assert not torch.equal(before, made.at_all(batch)) and not torch.equal(before, in_training(made, batch, seed=8))
+    for field in FIELDS:
+        for i in (0, 3, 6):
+            after = in_training(made, changed(batch, field, position_V > i, FIELDS[field] or len(batch.items.row_U)))
+            assert torch.equal(after[position_V <= i], before[position_V <= i])
+
+
+@pytest.mark.parametrize("tower, condition", BOTH)
+def test_dropout_of_next_to_nothing_changes_next_to_nothing(tower, condition):
+    made = Made(tower, condition, dropout=1e-7)
+    batch = made.windows(mixed_views())
+    torch.testing.assert_close(in_training(made, batch), made.at_all(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (200, 301)])
+def test_dropout_drops_its_share_and_keeps_the_mean(rate, shape):
+    drop = Dropout(rate)
+    x = torch.full(shape, 2.0, requires_grad=True)
+    torch.manual_seed(0)
+    y = drop(x)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2.0 / (1 - rate)))
+    if y.numel() > 10_000:
+        assert abs(kept.float().mean().item() - (1 - rate)) < 0.01
+        assert abs((kept[:, 1:] & kept[:, :-1]).float().mean().item() - (1 - rate) ** 2) < 0.01  # neighbours are free
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept.float() / (1 - rate))
+    assert drop.eval()(x) is x
+
+
+def test_a_watch_time_lies_between_its_knots_and_leans_on_its_own_row_as_it_is_seen():
+    views = [5, *np.random.default_rng(0).integers(0, 3000, 21).tolist()]
+    lookup = WatchLookup(4, views)
+    got = lookup(torch.arange(22)).detach()
+    own, knots = lookup.own.weight.detach(), lookup.knots.weight.detach()
+    torch.testing.assert_close(got[0], own[0])  # unknown
+    for bucket in range(1, 22):
+        below, part = divmod(bucket - 1, lookup.SPACING)
+        part /= lookup.SPACING
+        line = knots[below] * (1 - part) + (knots[below + 1] * part if part else 0.0)
+        share = views[bucket] / (views[bucket] + lookup.PRIOR_VIEWS)
+        torch.testing.assert_close(got[bucket], share * own[bucket] + line, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- the items

@@ -1,0 +1,263 @@
+"""How fast a training step is: the real parts against plain PyTorch, and two workers against one.
+
+    python benchmarks/training_step.py [--towers dnn decision_transformer] [--rounds 7] [--json PATH]
+
+(a) One worker (TorchRec, DeepSpeed, a gloo group of one) against `tests/two_process/plain_reference.py`, on the same
+core with the same batches, towers and optimizers. (b) Two workers, one thread on a core each, against one worker on one
+of these cores: `weak` with as many windows a worker (and so twice the negatives a row), `same batch` with one global
+batch for both, which is what changing train.workers does. Each as `step` (the batch is there) and as `loop` (batches
+made on the prefetch thread of the same core).
+
+All processes live side by side and take turns, so that a busy machine disturbs them alike; a row is the median over
+rounds of the ratio of targets a second. `cpu` is the same ratio by CPU seconds of the busiest process: what is left
+when nobody else uses the cores, without the waiting for each other. Sizes are those of configs/kuairand.yaml on a
+synthetic world made on the fly. Exit code 1 where a ratio falls short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "two_process")]
+
+WINDOWS = 64  # a worker
+# What runs: windows of a global batch and workers.
+RUNNERS = {"plain": (WINDOWS, 1), "one": (WINDOWS, 1), "one_large": (2 * WINDOWS, 1), "two": (2 * WINDOWS, 2)}
+# name of the ratio: who, against whom, what to reach.
+RATIOS = {"one worker / plain PyTorch": ("one", "plain", 0.9),
+          "two workers / one worker, weak": ("two", "one", 1.7),
+          "two workers / one worker, same batch": ("two", "one_large", 1.7)}
+
+
+def run_config(folder: Path, tower: str, batch_rows: int, workers: int):
+    from configs.schema import Config
+
+    return Config.model_validate({
+        "data": {"logs": str(folder / "world" / "logs"), "items": str(folder / "world" / "items.parquet"),
+                 "target": {"column": "long_view"}, "effective_view": {"column": "effective_view"}},
+        "split": {"validation_days": 1, "test_days": 1},
+        "crm": {"models": [{"name": tower, "tower": tower}], "tower": {"dim": 64, "history": 32}, "tables": {"dim": 64}},
+        "train": {"workers": workers, "batch_rows": batch_rows, "threads_per_worker": 1, "device": "cpu"}})
+
+
+def make_world(folder: Path) -> None:
+    """Sequences about as long as those of the KuaiRand part: 14 targets a window, 7,500 items."""
+    from launch.ingest import SerialExecutor, ingest
+    from trainer.world import WorldSpec, write_world
+
+    write_world(folder / "world", WorldSpec(users=4000, items=7500, views_per_user=50, days=14, seed=0), processes=1)
+    ingest(run_config(folder, "dnn", WINDOWS, 1).data, folder / "run", SerialExecutor())
+
+
+def serve(pipe, kind: str, tower: str, rank: int, store: str, folder: Path, core: int | None, steps: int) -> None:
+    """A process of the benchmark: builds its model, then runs what the pipe asks for and answers (wall, cpu, targets)."""
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        measure = _runner(kind, tower, rank, store, folder, steps)
+        pipe.send("ready")
+        while (mode := pipe.recv()) is not None:
+            pipe.send(measure(mode))
+    except EOFError:
+        pass
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def _runner(kind, tower, rank, store, folder, steps):
+    import numpy as np
+    import torch
+
+    from trainer.batches import Prefetched
+    from trainer.crm_data import CrmData
+
+    torch.set_num_threads(1)
+    batch_rows, workers = RUNNERS[kind]
+    config = run_config(folder, tower, batch_rows, workers)
+    data, model = CrmData(config, folder / "run"), config.crm.models[0]
+    collation = data.collation(model, training=True)
+
+    def made():
+        for epoch in itertools.count():
+            plan = data.plan(model, 0, epoch, data.slices[0])
+            for number, rows in enumerate(plan.batches(rank, workers)):
+                yield collation.window_batch(data.features, rows, np.random.default_rng([epoch, number]))
+
+    run = (_plain_run if kind == "plain" else _worker_run)(data, model, rank, workers, store, folder)
+    ready = list(itertools.islice(made(), steps))
+    stream = iter(Prefetched(made, config.train.prefetch, time.perf_counter))
+
+    def measure(mode):
+        batches = ready if mode == "step" else itertools.islice(stream, steps)
+        targets, wall, cpu = 0, time.perf_counter(), time.process_time()
+        for batch in run(batches):
+            targets += sum(batch.targets_per_rank)
+        return time.perf_counter() - wall, time.process_time() - cpu, targets
+
+    for mode in ("step", "loop"):
+        measure(mode)  # the first steps allocate
+    return measure
+
+
+def _plain_run(data, model, rank, workers, store, folder):
+    import torch
+    from plain_reference import PlainCrm
+
+    from embeddings.tables import initial_rows
+    from trainer.crm import CrmModel, FeatureSizes, table_specs
+
+    crm, train, sizes = data.config.crm, data.config.train, FeatureSizes.of(data.catalogue)
+    weights = {spec.name: torch.cat([rows for _, rows in initial_rows(0, spec, 0, spec.rows)])
+               for spec in table_specs(sizes, crm)}
+    plain = PlainCrm(CrmModel(crm, model, sizes), weights, optimizer=train.optimizer, learning_rate=train.learning_rate,
+                    weight_decay=train.weight_decay, gradient_clip_norm=train.gradient_clip_norm,
+                    table_optimizer=crm.tables.optimizer, table_learning_rate=crm.tables.learning_rate)
+
+    def run(batches):
+        for number, batch in enumerate(batches):
+            torch.manual_seed(number)
+            plain.step(batch)
+            yield batch
+
+    return run
+
+
+def _worker_run(data, model, rank, workers, store, folder):
+    import torch
+    import torch.distributed as dist
+
+    from trainer import loop
+    from trainer.workers import Workers
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    plan = data.plan(model, 0, 0, data.slices[0])
+    running, position = loop._start(data, model, 0, Workers.joined(torch.device("cpu")), lambda *_, **__: None,
+                                    folder / "checkpoints" / Path(store).name, [plan])
+    running.engine.train()
+    position.global_step = data.config.train.warmup_steps
+
+    def run(batches):
+        for number, (batch, lookup, upcoming) in enumerate(loop._looked_up(running, batches)):
+            torch.manual_seed(number)
+            loop._step(running, batch, lookup, upcoming, position)
+            yield batch
+
+    return run
+
+
+class Side:
+    """The processes of one runner."""
+
+    def __init__(self, kind: str, tower: str, folder: Path, cores: list[int | None], steps: int):
+        context = multiprocessing.get_context("spawn")
+        store = str(folder / f"store-{tower}-{kind}")
+        self.kind, self.pipes, self.processes = kind, [], []
+        for rank in range(RUNNERS[kind][1]):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, daemon=True, args=(
+                there, kind, tower, rank, store, folder, cores[rank], steps))
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def wait(self) -> None:
+        for pipe in self.pipes:
+            answer = pipe.recv()
+            if answer != "ready":
+                raise RuntimeError(f"{self.kind}: {answer}")
+
+    def measure(self, mode: str) -> tuple[float, float]:
+        """Targets a second, by the clock and by the CPU time of the busiest process."""
+        for pipe in self.pipes:
+            pipe.send(mode)
+        answers = [pipe.recv() for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, str):
+                raise RuntimeError(f"{self.kind}: {answer}")
+        walls, cpus, targets = zip(*answers, strict=True)
+        return targets[0] / max(walls), targets[0] / max(cpus)
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.terminate()
+
+
+def measure_tower(tower: str, folder: Path, cores: list[int | None], rounds: int, steps: int, modes: list[str]) -> dict:
+    """{(mode, runner): [(targets/s, targets/CPU s) a round]}"""
+    sides = {kind: Side(kind, tower, folder, cores, steps) for kind in RUNNERS}
+    found = {(mode, kind): [] for mode in modes for kind in RUNNERS}
+    try:
+        for side in sides.values():
+            side.wait()
+        for number in range(rounds):
+            for mode in modes:
+                for kind in (list(RUNNERS) if number % 2 == 0 else reversed(RUNNERS)):
+                    found[mode, kind].append(sides[kind].measure(mode))
+    finally:
+        for side in sides.values():
+            side.close()
+    return found
+
+
+def rows_of(tower: str, found: dict, modes: list[str]) -> list[dict]:
+    rows = []
+    for name, (kind, against, reach) in RATIOS.items():
+        for mode in modes:
+            pairs = list(zip(found[mode, kind], found[mode, against], strict=True))
+            by_wall, by_cpu = ([a[i] / b[i] for a, b in pairs] for i in (0, 1))
+            ratio = statistics.median(by_wall)
+            rows.append({"name": f"{tower}, {mode}: {name}", "ratio": ratio, "spread": [min(by_wall), max(by_wall)],
+                         "cpu": statistics.median(by_cpu), "reach": reach, "ok": ratio >= reach,
+                         "targets_per_s": statistics.median(a[0] for a, _ in pairs),
+                         "against_targets_per_s": statistics.median(b[0] for _, b in pairs)})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--towers", nargs="+", default=["dnn", "decision_transformer"])
+    parser.add_argument("--modes", nargs="+", default=["step", "loop"], choices=["step", "loop"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument("--cores", type=int, nargs=2, help="two cores to pin to; default: the first two there are")
+    parser.add_argument("--no-pin", action="store_true", help="leave the placing to the system")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    cores = [None, None] if arguments.no_pin else arguments.cores or sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        parser.error("this needs two cores")
+    os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"})
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="training-step-") as name:
+        folder = Path(name)
+        make_world(folder)
+        for tower in arguments.towers:
+            found = measure_tower(tower, folder, cores, arguments.rounds, arguments.steps, arguments.modes)
+            for row in rows_of(tower, found, arguments.modes):
+                rows.append(row)
+                print(f"{row['name']:<68} {row['ratio']:5.2f}  [{row['spread'][0]:.2f}, {row['spread'][1]:.2f}]  "
+                      f"cpu {row['cpu']:.2f}  reach {row['reach']}  {'ok' if row['ok'] else 'SHORT'}  "
+                      f"({row['targets_per_s']:,.0f} / {row['against_targets_per_s']:,.0f} targets/s)", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"load": os.getloadavg(), "cores": cores, "rounds": arguments.rounds,
+                                              "steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
