@@ -17,6 +17,7 @@ synthetic world made on the fly. Exit code 1 where a ratio falls short.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -61,7 +62,7 @@ def make_world(folder: Path) -> None:
 
 
 def serve(pipe, kind: str, tower: str, rank: int, store: str, folder: Path, core: int | None, steps: int) -> None:
-    """A process of the benchmark: builds its model, then runs what the pipe asks for and answers (wall, cpu, targets)."""
+    """A process of the benchmark: builds its model, then runs what the pipe asks for: (wall, cpu, targets)."""
     try:
         if core is not None:
             os.sched_setaffinity(0, {core})
@@ -190,7 +191,8 @@ class Side:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.send(None)
+            with contextlib.suppress(OSError):  # it may have died
+                pipe.send(None)
         for process in self.processes:
             process.join(timeout=10)
             if process.is_alive():

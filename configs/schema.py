@@ -130,6 +130,7 @@ class ModelConfig(Section):
     bayes: bool = Field(False, description="also publish and judge this tower with the Bayes term in its index")
     epochs: Positive | None = Field(None, description="epochs of this model; null: train.epochs")
     batch_rows: Positive | None = Field(None, description="windows in a global batch of this model; null: train's")
+    learning_rate: PositiveFloat | None = Field(None, description="of this model's towers; null: train's")
 
     @field_validator("name")
     @classmethod
@@ -145,8 +146,7 @@ class TowerConfig(Section):
     layers: Positive = Field(2, description="transformer layers")
     heads: Positive = Field(2, description="attention heads")
     hidden: Positive = Field(256, description="width of the hidden layers of the MLPs")
-    dropout: Share = Field(0.1, description="dropout in both towers")
-    id_dropout: Share = Field(0.0, description="share of item ids hidden in training, so that features must serve")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in both towers")
     clock: bool = Field(True, description="hour of day and gap since the last view as features of the request")
 
     @model_validator(mode="after")

@@ -384,7 +384,8 @@ def _planned(
         ),
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         constraints={
-            name: ParameterConstraints(sharding_types=types, compute_kernels=["fused"]) for name, types in allowed.items()
+            name: ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
+            for name, types in allowed.items()
         },
         stats=[],
         debug=False,

@@ -78,7 +78,7 @@ class CrmModel(nn.Module):
         single = ["item", "author", *(f"category_{name}" for name in sizes.categories)]
         self.items = ItemEncoder(single, config.tables.dim, tower.dim, tower.hidden, sizes.duration_buckets,
                                  sizes.content_dim, tower.dropout)
-        self.item_tower = ItemTower(tower.dim, tower.dim)
+        self.item_tower = ItemTower(tower.dim)
         self.views = ViewEncoder(tower.dim, watch_views, tower.dropout)
         users = [f"user_{name}" for name in sizes.users]
         context = tower.clock or bool(users)

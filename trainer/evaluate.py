@@ -49,13 +49,13 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: TrainedModel, wor
     `summary` is put into each summary.json: under what it was judged.
     """
     encode = _load_towers(data, model, trained, workers)
-    seed, index_folder = trained.seed, Path(trained.best.folder)
+    seed, index_folder = trained.seed, data.run_dir / trained.best.folder
     facts = summary | {
         "epoch": trained.best.epoch, "train_s": trained.seconds, "windows": trained.windows,
         "step": trained.best.step, "checkpoint": Path(trained.checkpoint).name,
         "fingerprint": fingerprint(data, model), "validation": trained.best.validation,
         "index": {"recall_vs_exact": trained.best.recall_vs_exact, "build_s": trained.best.build_s,
-                  "bytes": trained.best.bytes, "folder": str(index_folder.relative_to(data.run_dir))}}
+                  "bytes": trained.best.bytes, "folder": trained.best.folder}}
     collation = data.collation(model, training=False)
 
     def ask(condition_Q: np.ndarray, requests: Requests) -> np.ndarray | None:

@@ -156,7 +156,8 @@ def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, 
     engine = DenseEngine(module, EngineSpec(
         zero_stage=zero_stage(config, workers.device), precision=precision(config, workers.device),
         optimizer=train.optimizer,
-        learning_rate=train.learning_rate, weight_decay=train.weight_decay if train.optimizer == "adamw" else 0.0,
+        learning_rate=model.learning_rate or train.learning_rate, betas=(0.9, 0.98),
+        weight_decay=train.weight_decay if train.optimizer == "adamw" else 0.0,
         gradient_clip_norm=train.gradient_clip_norm,
         rows_per_rank_step=max(1, (model.batch_rows or train.batch_rows) // workers.count)), device=workers.device)
     position, indexes = Position(), []
@@ -169,7 +170,7 @@ def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, 
     rebuilder = None
     if workers.first:
         rebuilder = IndexRebuilder(
-            data.run_dir / "indexes" / model.name / f"seed={seed}", config.index,
+            data.run_dir, data.run_dir / "indexes" / model.name / f"seed={seed}", config.index,
             {"model": model.name, "seed": seed, "config": fingerprint(data, model)}, data.validation,
             np.asarray(data.catalogue.item_id_N), config.evaluate.at, _report_index(write, name))
     return _Running(data, model, seed, workers, write, tables, engine, folder, len(plans),
@@ -289,7 +290,7 @@ def _set_learning_rate(running: _Running, global_step: int) -> None:
         done = min(1.0, (global_step - train.warmup_steps) / span)
         rate = 0.5 * (1 + math.cos(math.pi * done)) if train.decay == "cosine" else 1.0 - done
         rate = max(rate, 0.01)
-    running.engine.learning_rate = train.learning_rate * rate
+    running.engine.learning_rate = (running.model.learning_rate or train.learning_rate) * rate
     running.tables.learning_rate = running.config.crm.tables.learning_rate * rate
 
 

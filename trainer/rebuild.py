@@ -80,7 +80,7 @@ def index_spec(config: IndexConfig) -> IndexSpec:
 class PublishedIndex:
     """An index that was built, measured and published.
 
-    folder: where. epoch, step: of the towers it was made with. watermark_ms: nothing at or after it was trained on.
+    folder: where, below the run folder. epoch, step: of the towers it was made with. watermark_ms: nothing at or after it was trained on.
     recall_vs_exact: share of the exact top 100 it finds. build_s: seconds, of the build alone. bytes: its size.
     validation: mean metrics of the validation requests, through the published files.
     """
@@ -150,9 +150,9 @@ class IndexRebuilder:
     the thread is raised too.
     """
 
-    def __init__(self, parent: Path, config: IndexConfig, provenance: dict, validation: Requests,
+    def __init__(self, run_dir: Path, parent: Path, config: IndexConfig, provenance: dict, validation: Requests,
                  item_ids_N: np.ndarray, at: list[int], on_result: Callable[[PublishedIndex], None]):
-        self._parent, self._config, self._provenance = parent, config, provenance
+        self._run_dir, self._parent, self._config, self._provenance = run_dir, parent, config, provenance
         self._validation, self._item_ids_N, self._at, self._on_result = validation, item_ids_N, at, on_result
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watchtower-index")
         self._pending: list[Future] = []
@@ -193,7 +193,7 @@ class IndexRebuilder:
             metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1,
                                                   self._validation.relevant_rows), self._at)
             validation = {name: float(np.nanmean(values)) for name, values in metrics.items()}
-        result = PublishedIndex(folder=str(folder), epoch=epoch, step=step, watermark_ms=watermark_ms,
-                                items=len(item_ids_N), validation=validation, **facts)
+        result = PublishedIndex(folder=str(folder.relative_to(self._run_dir)), epoch=epoch, step=step,
+                                watermark_ms=watermark_ms, items=len(item_ids_N), validation=validation, **facts)
         self._on_result(result, time.perf_counter() - began)
         return result

@@ -62,11 +62,12 @@ class ItemEncoder(nn.Module):
         nn.init.normal_(self.duration.weight, std=0.05)
         width = table_dim * (len(single) + 2) + content_dim
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, dim))
-        self.identity = nn.Linear(table_dim, dim, bias=False)
+        # The id's row enters as it is: a map in between costs 5% of the conditioned recall (docs/experiments.md).
+        self.identity = nn.Identity() if table_dim == dim else nn.Linear(table_dim, dim, bias=False)
 
     def forward(self, items: ItemBatch, tables: dict[str, Tensor]) -> Tensor:
         """float (U, dim)."""
-        dtype = self.identity.weight.dtype
+        dtype = self.duration.weight.dtype
         single = [tables[name].to(dtype) for name in self.single]
         tags_TD = tables["tag"].to(dtype)
         tag_UD = tags_TD.new_zeros(len(items.row_U), tags_TD.shape[1]).index_add(0, items.tag_item_T, tags_TD)
@@ -78,18 +79,17 @@ class ItemEncoder(nn.Module):
 
 
 class ItemTower(nn.Module):
-    """Hidden item vectors to what the index holds: a vector and what the item's bias is above log q."""
+    """Hidden item vectors to what the index holds: the vector itself and what the item's bias is above log q."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int):
         super().__init__()
-        self.vector = nn.Linear(dim, out_dim)
         self.bias = nn.Linear(dim, 1)
         nn.init.zeros_(self.bias.weight)
         nn.init.zeros_(self.bias.bias)
 
     def forward(self, hidden_UD: Tensor) -> tuple[Tensor, Tensor]:
-        """float (U, out_dim) and float (U,)."""
-        return self.vector(hidden_UD), self.bias(hidden_UD).squeeze(1)
+        """float (U, dim) and float (U,)."""
+        return hidden_UD, self.bias(hidden_UD).squeeze(1)
 
 
 class WatchLookup(nn.Module):

@@ -23,6 +23,10 @@ from configs.errors import InputError
 from trainer.sequences import SequenceShard, SequenceStore
 
 
+PREFER_KNOWN = 4.0
+"""How much sooner a target with a known watch time is drawn, where windows are drawn at random."""
+
+
 @dataclass(frozen=True)
 class TargetViews:
     """The target views of a shard's users, users in order, each user's views in time order.
@@ -166,7 +170,9 @@ def _random_cuts(views, rule, first_U, last_U, rng) -> Windows:
     owner_C = np.repeat(np.arange(len(count_U)), count_U)
     start_C = np.cumsum(count_U) - count_U
     target_C = np.arange(len(owner_C)) - np.repeat(start_C, count_U) + first_U[owner_C]
-    order_C = np.lexsort((rng.random(len(owner_C)), owner_C))
+    # Only a known watch time trains the condition, and a log may have few of them.
+    known_C = np.isfinite(views.watch_s_E[target_C])
+    order_C = np.lexsort((rng.random(len(owner_C)) * np.where(known_C, 1 / PREFER_KNOWN, 1.0), owner_C))
     rank_C = np.arange(len(owner_C)) - np.repeat(start_C, count_U)
     target_W = np.sort(target_C[order_C][rank_C < rule.cuts_per_user])
     owner_W = np.searchsorted(views.offset_U + views.length_U, target_W, side="right")

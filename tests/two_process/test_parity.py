@@ -32,7 +32,7 @@ SHARDINGS = ("table_wise", "row_wise")
 CASES = [(TOWERS[(stage + number + (name == "real")) % 2], stage, sharding, name)
          for stage in (0, 1, 2, 3) for number, sharding in enumerate(SHARDINGS) for name in OPTIMIZERS]
 MISTAKES = ("loss_times_ranks", "loss_is_local_mean", "own_columns_only", "columns_averaged", "tables_summed")
-# The softmax does not see what is added to all columns alike: the true gradient is zero, and AdamW makes steps of noise.
+# The softmax does not see what is added to all columns alike: the true gradient is zero, and AdamW steps on noise.
 WITHOUT_GRADIENT = ("item_tower.vector.bias", "item_tower.bias.bias")
 
 
