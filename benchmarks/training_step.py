@@ -48,7 +48,8 @@ def run_config(folder: Path, tower: str, batch_rows: int, workers: int):
         "data": {"logs": str(folder / "world" / "logs"), "items": str(folder / "world" / "items.parquet"),
                  "target": {"column": "long_view"}, "effective_view": {"column": "effective_view"}},
         "split": {"validation_days": 1, "test_days": 1},
-        "crm": {"models": [{"name": tower, "tower": tower}], "tower": {"dim": 64, "history": 32}, "tables": {"dim": 64}},
+        "crm": {"models": [{"name": tower, "tower": tower}], "tower": {"dim": 64, "history": 32},
+                "tables": {"dim": 64}},
         "train": {"workers": workers, "batch_rows": batch_rows, "threads_per_worker": 1, "device": "cpu"}})
 
 

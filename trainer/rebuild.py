@@ -80,7 +80,8 @@ def index_spec(config: IndexConfig) -> IndexSpec:
 class PublishedIndex:
     """An index that was built, measured and published.
 
-    folder: where, below the run folder. epoch, step: of the towers it was made with. watermark_ms: nothing at or after it was trained on.
+    folder: where, below the run folder. epoch, step: of the towers it was made with. watermark_ms: nothing at or after
+    it was trained on.
     recall_vs_exact: share of the exact top 100 it finds. build_s: seconds, of the build alone. bytes: its size.
     validation: mean metrics of the validation requests, through the published files.
     """

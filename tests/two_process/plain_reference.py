@@ -3,7 +3,7 @@
 No TorchRec, no DeepSpeed, no Ray, no process group. The parity tests and the benchmark hold the real parts against it,
 so it is written for speed as well: sparse gradients touch only the rows that were looked up.
 
-    row-wise Adagrad, per row r with summed gradient g_r (dim,):  m_r += mean(g_r^2),  w_r -= lr * g_r / (sqrt(m_r) + eps)
+    row-wise Adagrad, row r, summed gradient g_r (dim,):  m_r += mean(g_r^2),  w_r -= lr * g_r / (sqrt(m_r) + eps)
 """
 
 from __future__ import annotations

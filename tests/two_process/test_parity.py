@@ -33,7 +33,7 @@ CASES = [(TOWERS[(stage + number + (name == "real")) % 2], stage, sharding, name
          for stage in (0, 1, 2, 3) for number, sharding in enumerate(SHARDINGS) for name in OPTIMIZERS]
 MISTAKES = ("loss_times_ranks", "loss_is_local_mean", "own_columns_only", "columns_averaged", "tables_summed")
 # The softmax does not see what is added to all columns alike: the true gradient is zero, and AdamW steps on noise.
-WITHOUT_GRADIENT = ("item_tower.vector.bias", "item_tower.bias.bias")
+WITHOUT_GRADIENT = ("item_tower.bias.bias",)
 
 
 def made_world():
@@ -141,8 +141,11 @@ def _sharded_run(made, tower, stage, sharding, name, mistake=None):
     crm.gather_with_gradient = _GATHERS.get(mistake, right)
     try:
         with DenseEngine(module, EngineSpec(zero_stage=stage, **settings), device="cpu") as engine:
-            for batch in made:
-                rows = tables(batch.items.features)
+            upcoming = tables.begin(made[0].items.features)
+            for batch, following in zip(made, [*made[1:], None], strict=True):
+                lookup = upcoming  # as the loop does it: the next batch's ids travel during this step
+                upcoming = None if following is None else tables.begin(following.items.features)
+                rows = lookup.rows()
                 if mistake == "tables_summed":
                     rows = {key: _gradient_times(value, WORLD) for key, value in rows.items()}
                 loss, _ = engine("loss", batch, rows)
@@ -151,6 +154,8 @@ def _sharded_run(made, tower, stage, sharding, name, mistake=None):
                     loss = loss * WORLD
                 if mistake == "loss_is_local_mean" and batch.targets_per_rank[workers.rank]:
                     loss = loss * sum(batch.targets_per_rank) / (WORLD * batch.targets_per_rank[workers.rank])
+                if upcoming is not None:
+                    upcoming.send()
                 engine.backward(loss)
                 assert engine.step()
             dense, _ = gather_dense(engine)

@@ -353,7 +353,7 @@ def broken_evaluation(root, rank, workers):
     trained = run.train(config, TRANSFORMER, data=data)
     told = {}
     for case in ("index", "checkpoint"):
-        folder = Path(trained.best.folder if case == "index" else trained.checkpoint)
+        folder = run.folder / trained.best.folder if case == "index" else Path(trained.checkpoint)
         victim = max(p for p in folder.iterdir() if p.suffix in (".faiss", ".safetensors"))
         if rank == 0:
             content = bytearray(victim.read_bytes())

@@ -152,7 +152,8 @@ VALIDATION = SimpleNamespace(relevant_offset_Q1=np.arange(51), relevant_rows=np.
 @pytest.fixture
 def rebuilder(tmp_path):
     told = []
-    made = IndexRebuilder(tmp_path, tmp_path / "m", IndexConfig(threads=1), {"model": "m"}, VALIDATION, IDS_N, [10, 100],
+    made = IndexRebuilder(tmp_path, tmp_path / "m", IndexConfig(threads=1), {"model": "m"}, VALIDATION, IDS_N,
+                          [10, 100],
                           lambda index, seconds: told.append((index.epoch, seconds)))
     made.told, made.parent = told, tmp_path / "m"
     yield made
@@ -208,7 +209,8 @@ def test_an_error_of_the_thread_is_raised_where_its_result_is_read(rebuilder):
 
 
 def test_a_rejected_index_is_an_error_too(tmp_path):
-    rebuilder = IndexRebuilder(tmp_path, tmp_path / "m", IndexConfig(factory="IVF32,Flat", search={"nprobe": 1}, min_recall=1.0),
+    strict = IndexConfig(factory="IVF32,Flat", search={"nprobe": 1}, min_recall=1.0)
+    rebuilder = IndexRebuilder(tmp_path, tmp_path / "m", strict,
                                {}, VALIDATION, IDS_N, [10], lambda *_: None)
     submit(rebuilder, 1)
     with pytest.raises(QualityGateError):
