@@ -10,13 +10,14 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 # The `timeout` ends a test whose workers wait for each other for ever.
 PYTEST := $(VENV)/bin/python -m pytest --timeout 600 --durations 10
 
-.PHONY: help venv demo smoke test test-unit test-two-process test-end-to-end test-real-logs lint clean
+.PHONY: help venv demo smoke test test-unit test-two-process test-end-to-end test-real-logs bench lint clean
 
 help:
 	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
 	@echo "make test              unit, two-process and end-to-end tests; each also: test-unit, test-two-process, test-end-to-end"
 	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
+	@echo "make bench             the training step against plain PyTorch, and two workers against one"
 	@echo "make lint              ruff and yamllint"
 	@echo "make clean             remove runs/ and caches; .venv stays"
 
@@ -47,6 +48,9 @@ test-end-to-end: $(STAMP)
 
 test-real-logs: $(STAMP)
 	$(PYTEST) tests/real_logs $(ARGS)
+
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/training_step.py --json benchmarks/results.json $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
