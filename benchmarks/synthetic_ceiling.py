@@ -9,7 +9,7 @@ yes and no where they must:
     affinity 1.2, 0.6     the tower under the true watch time beats the Bayes term: the interval of the gain is above 0
     affinity 0            users do not differ in what they watch long (persistence 0, too): it cannot beat it
     independent           watch time says nothing of the item: the condition wins nothing over the unconditioned tower
-    the way               at least 80% of the way from unconditioned to the ceiling at affinity 1.2
+    the way               at least 80% of the way from unconditioned to the lasting ceiling at affinity 1.2
 
 `--write` puts the table into docs/synthetic-world.md. A run that is done is not done again. Exit code 3 where a check
 fails.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -42,8 +43,8 @@ BEGIN, END = "<!-- synthetic_ceiling: begin -->", "<!-- synthetic_ceiling: end -
 def run_world(name: str, out: Path, seeds: list[int], overrides: list[str]) -> dict[str, Any]:
     """One run of the whole way; its metrics.json."""
     run_dir = out / name.replace(" ", "-")
-    command = [sys.executable, "-m", "launch.cli", "run", CONFIG, f"run_dir={run_dir}", f"name=synthetic-{run_dir.name}",
-               f"seeds={seeds}", *WORLDS[name], *overrides]
+    command = [sys.executable, "-m", "launch.cli", "run", CONFIG, f"run_dir={run_dir}",
+               f"name=synthetic-{run_dir.name}", f"seeds={seeds}", *WORLDS[name], *overrides]
     print(f"\n$ {' '.join(command[1:])}", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(out / f"{run_dir.name}.log", "w", encoding="utf-8") as log:
@@ -144,7 +145,7 @@ def section(worlds: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
     commit = str(provenance["commit"] or "not known")[:12]
     return [
         "## What towers reach there",
-        f"    python benchmarks/synthetic_ceiling.py {' '.join(sys.argv[1:])}".rstrip(), "",
+        f"    python benchmarks/synthetic_ceiling.py {shlex.join(sys.argv[1:])}".rstrip(), "",
         f"`{CONFIG}`: {spec['users']:,} users, {spec['items']:,} items, {spec['views_per_user']:g} views a user, "
         f"{spec['tags_count']} tags; seeds {', '.join(map(str, arguments.seeds))} of the towers, seed {spec['seed']} "
         f"of the world; ceilings over {first['synthetic']['requests']:,} of {requests:,} test requests. "

@@ -15,8 +15,9 @@ same requests and w the true watch time:
     share_of_gain = (R(tower | w) - R(tower unconditioned)) / (R(ceiling | w) - R(ceiling))
 
 The first is the measure: it charges the tower with whatever its unconditioned ablation leaves unlearnt of the user.
-The second asks of the condition alone what it brings, against what it could bring. Both may pass 1: a tower that reads
-the session well knows more than `lasting` does.
+The second sets what the condition brings to the tower beside what it brings to the ceiling. It flatters: the lower a
+tower stands without a condition, the more the same condition brings it, so it is no verdict and can well pass 1. The
+first can pass 1 too, where a tower reads the session and so knows more than `lasting` does.
 
 **What would have been watched.** `expected_watch_s@K`: the mean, over the first K retrieved, of what this user would
 have watched of each at this moment, in seconds (the true state; K times it is the list's total). `most_watched` is the
@@ -316,13 +317,13 @@ def synthetic_metrics(run_dir: str | Path, config: Config) -> dict[str, Any]:
 
 
 def _measured_ceilings(values: Mapping[str, np.ndarray], cluster_J: np.ndarray, config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {state: {} for state in reversed(STATES)}  # the lower mark first
     names = list(values)
     intervals = bootstrap_cis(np.stack([values[name] for name in names])[:, None], cluster_J,
                               config.evaluate.bootstrap, config.evaluate.seed)
     for name, (mean, low, high) in zip(names, intervals, strict=True):
         state, strategy, metric = name.split(".", 2)
-        found.setdefault(state, {}).setdefault(strategy, {})[metric] = {
+        found[state].setdefault(strategy, {})[metric] = {
             "mean": mean, "ci95": [low, high], "n": int(np.isfinite(values[name]).sum())}
     return found
 
@@ -360,7 +361,7 @@ def _shares(evaluations: Mapping[str, Evaluation], ceiling: Mapping[str, np.ndar
         asked_SJ = _of_seeds(own, seeds, "oracle", metric)
         bare_SJ = _of_seeds(without, seeds, "none", metric)
         shares[name] = {"unconditioned": bare.name, "share_of_way": {}, "share_of_gain": {}}
-        for state in STATES:
+        for state in reversed(STATES):
             told_J, untold_J = (ceiling[f"{state}.{strategy}.{metric}"].astype(np.float64)
                                 for strategy in ("oracle", "none"))
             shares[name]["share_of_way"][state] = _share(asked_SJ - bare_SJ, told_J - bare_SJ, seeds, own, config)
