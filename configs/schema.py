@@ -17,6 +17,14 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+# Keys that say how a run is done and cannot change its numbers: a run may go on elsewhere with other ones.
+HOW_TRAINED = frozenset({"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints",
+                         "prefetch", "log_every_steps", "max_restarts", "timeout_s"})
+HOW_INDEXED = frozenset({"device", "threads"})
+# Keys of `evaluate` that decide about the best epoch.
+SEEN_IN_TRAINING = frozenset({"validation_queries", "future", "seed"})
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values are checked when they are set."""
 
@@ -66,7 +74,7 @@ class DataConfig(Section):
     effective_view: ViewRule = Field(default_factory=lambda: ViewRule(min_watch_s=3.0),
                                      description="which rows are effective views")
     target: ViewRule | None = Field(None, description="which rows CRM predicts; null: the effective views")
-    feedback: list[str] = Field(default_factory=list, description="feedback columns of the log that are kept")
+    feedback: list[str] = Field(default_factory=list, description="feedback columns of the log, kept in the sequences")
     session: str | None = Field(None, description="name of the log's session column")
     ordinal_time: str | None = Field(None, description="flag column: rows whose times only order (no clock, no gap)")
     utc_offset_h: Annotated[float, Field(ge=-14, le=14)] = Field(0.0, description="hours; where a day begins")
@@ -117,6 +125,11 @@ class ConditionConfig(Section):
     buckets: Positive = Field(100, description="log-spaced buckets of watch time (log1p)")
     max_s: PositiveFloat = Field(3000.0, description="seconds; the upper end of the buckets")
     dropout: Share = Field(0.15, description="share of training conditions dropped to the unknown bucket")
+
+
+def bayes_name(model: str) -> str:
+    """Name in metrics.json of a model judged with the Bayes term: `dnn_unconditioned` gives `dnn_bayes`."""
+    return model.removesuffix("_unconditioned") + "_bayes"
 
 
 class ModelConfig(Section):
@@ -177,6 +190,13 @@ class CrmConfig(Section):
             raise ValueError("two models have the same name")
         if self.publish is not None and self.publish not in names:
             raise ValueError(f"publish names no model; there are {', '.join(names)}")
+        for model in self.models:
+            if model.bayes and model.condition != "none":
+                raise ValueError(f"model {model.name} has bayes: true, which is for a tower with condition: none")
+        taken = {"popular", "ceiling", *(bayes_name(m.name) for m in self.models if m.bayes)}
+        if taken & set(names):
+            raise ValueError(f"{', '.join(sorted(taken & set(names)))}: this name is taken by a baseline; give the "
+                             "model another one")
         return self
 
     @property
@@ -240,16 +260,17 @@ class EvaluateConfig(Section):
     future: Positive = Field(1, description="next target views that count as relevant to a query")
     strategies: list[Literal["null", "average", "maximum", "multiplexed", "fixed", "oracle"]] = Field(
         default_factory=lambda: ["null", "average", "maximum", "multiplexed", "fixed", "oracle"],
-        description="how the condition is chosen at inference (CRM, section 3.2)")
+        min_length=1, description="how the condition is chosen at inference (CRM, section 3.2)")
     fixed_s: list[PositiveFloat] = Field(default_factory=lambda: [60.0], description="seconds, of strategy fixed")
     multiplexed_p: Share = Field(0.5, description="share of requests that multiplexing gives the maximum")
     multiplexed_n: Positive = Field(32, description="latest watch times that multiplexing looks at")
-    curve_s: list[PositiveFloat] = Field(default_factory=lambda: [10.0, 30.0, 60.0, 120.0, 300.0],
+    curve_s: list[PositiveFloat] = Field(default_factory=lambda: [10.0, 30.0, 60.0, 120.0, 300.0], min_length=2,
                                          description="seconds; conditions of the control curve")
     lift_edges_s: list[Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: [0.0, 7.0, 17.0, 42.0, 85.0, 190.0], description="seconds; buckets of the lift")
+        default_factory=lambda: [0.0, 7.0, 17.0, 42.0, 85.0, 190.0], min_length=2,
+        description="seconds; lower edges of the lift's buckets")
     bayes_edges_s: list[Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: [0, 4, 6, 9, 14, 20, 30, 45, 65, 90, 130, 200],
+        default_factory=lambda: [0, 4, 6, 9, 14, 20, 30, 45, 65, 90, 130, 200], min_length=2,
         description="seconds; lower edges of the Bayes term's watch buckets")
     bayes_prior_views: PositiveFloat = Field(20.0, description="views of the duration bin as prior of the Bayes term")
     watch_prior_views: PositiveFloat = Field(10.0, description="views of the duration bin an item's mean is shrunk by")

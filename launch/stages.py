@@ -17,23 +17,18 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
-from configs.schema import Config
+from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
 from launch.run_folder import locked, make_run_folder
 from trainer.events import EventLog, follow, seconds_text
 
 # Keys that say how a run is done; with other values the results are the same up to rounding.
-HOW_TRAINED = {"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints", "prefetch",
-               "log_every_steps", "max_restarts", "timeout_s"}
-HOW_INDEXED = {"device", "threads"}
-# Keys of `evaluate` that decide about the best epoch; trainer.loop.fingerprint reads the same.
-SEEN_IN_TRAINING = {"validation_queries", "future", "seed"}
 WHERE_THE_DATA_ARE = {"logs", "items", "users", "synth"}
 MISSING = "missing: "
 
@@ -53,7 +48,7 @@ class Stage:
     on_ray: bool
 
 
-def _without(section: Any, keys: set[str]) -> dict[str, Any]:
+def _without(section: Any, keys: Set[str]) -> dict[str, Any]:
     return {key: value for key, value in plain(section).items() if key not in keys}
 
 
@@ -234,7 +229,10 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         QualityGateError: everything ran, and a measured quality is below its gate.
         WatchtowerError: another process writes this run folder.
     """
-    asked = [name for name in STAGES if name in (only or config.stages)]
+    wanted = set(only or config.stages)
+    if "crm" in wanted and only is None:
+        wanted.add("evaluate")  # the towers are judged as they are trained; this adds only what was asked for since
+    asked = [name for name in STAGES if name in wanted]
     require_logs(config)
     run_dir = make_run_folder(config.run_dir)
     with _no_empty_folder(run_dir), locked(run_dir):
@@ -247,7 +245,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         save_resolved(config, run_dir / "config.yaml")
         if to_run:
             _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
-        if set(asked) & {"crm", "evaluate", "report"}:
+        if wanted & {"crm", "evaluate", "report"}:
             show_results(run_dir)
             judge(config, run_dir)
     return run_dir

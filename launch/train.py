@@ -21,16 +21,16 @@ ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityG
 
 
 def train_crm(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Trains and judges all models, then writes metrics.json and report.html."""
-    return _run_group(config, run_dir, train=True)
+    """Trains and judges all models, then writes metrics.json."""
+    return _run_group(config, run_dir)
 
 
 def evaluate_crm(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Judges anew what was judged under another `evaluate` section, and writes metrics.json."""
+    """Judges anew, from the kept checkpoints, what was judged under another `evaluate` section; writes metrics.json."""
     if all(_is_judged(config, run_dir, model.name, seed) for model in config.crm.models for seed in config.seeds):
         write_results(config, run_dir)
         return {}
-    return _run_group(config, run_dir, train=False)
+    return _run_group(config, run_dir)
 
 
 def write_results(config: Config, run_dir: Path) -> None:
@@ -46,7 +46,7 @@ def write_results(config: Config, run_dir: Path) -> None:
             {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
 
 
-def _run_group(config: Config, run_dir: Path, *, train: bool) -> dict[str, Any]:
+def _run_group(config: Config, run_dir: Path) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -58,7 +58,7 @@ def _run_group(config: Config, run_dir: Path, *, train: bool) -> dict[str, Any]:
     gpu = wants_gpu(config)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "train": train,
+        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir),
                            "threads": threads_per_worker(config)},
         scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
         run_config=RunConfig(name="train", storage_path=str(run_dir / "ray"),
@@ -137,7 +137,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     rank = ray.train.get_context().get_world_rank()
     try:
-        result = _train_and_judge(config, run_dir, settings["train"])
+        result = _train_and_judge(config, run_dir)
     except WatchtowerError as error:
         _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, rank)
         raise
@@ -158,7 +158,7 @@ def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     beside.replace(outcome)
 
 
-def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, Any]:
+def _train_and_judge(config: Config, run_dir: Path) -> dict[str, Any]:
     import ray.train.torch
 
     from trainer.ceiling import write_ceiling
@@ -184,8 +184,11 @@ def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, An
     write("group", workers=workers.count, device=str(workers.device), training_targets=int(
         data.statistics.views_N.sum()), validation_requests=len(data.validation), test_requests=len(data.test))
     summary = {"judged": _judgement(config)}
-    if not judged("popular", 0, data.store.manifest["input"]["fingerprint"]):
-        evaluate_popular(data, workers, write, summary | {"fingerprint": data.store.manifest["input"]["fingerprint"]})
+    if not len(data.test):
+        write("warning", message="no view to judge: between split.test_start and split.test_end the judged users have "
+                                 "no target view, so metrics.json will hold no measure of retrieval")
+    if not judged("popular", 0, data.requests_fingerprint):
+        evaluate_popular(data, workers, write, summary | {"fingerprint": data.requests_fingerprint})
     if workers.first:
         write_ceiling(data, write)
     for seed in config.seeds:
@@ -198,4 +201,4 @@ def _train_and_judge(config: Config, run_dir: Path, train: bool) -> dict[str, An
     if events is not None:
         events.close()
     return {"rows": rows, "peak_mib": max(workers.everybody(memory_mib())),
-            "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds(), "trained": train}
+            "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds()}

@@ -6,7 +6,7 @@ x_i and W_i itself, never x_i.
 
 Every item of the batch, in histories and as targets, is looked up once: `items` lists the U distinct items, and
 positions point into that list. A target's item is in the list because the loss needs its vector; in a batch of
-requests (`collate_requests`) the item that comes next is not in the batch at all.
+requests (`Collation.request_batch`) the item that comes next is not in the batch at all.
 
 This is the one file outside embeddings/ that knows TorchRec: a KeyedJaggedTensor is part of the batch.
 """

@@ -6,6 +6,8 @@ which `EpochPlan` deals out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from trainer.bayes import BayesTerm, duration_bin, item_watch_mean
 from trainer.conditions import WatchBuckets
 from trainer.metrics import watch_histogram
 from trainer.requests import Requests, sample_requests
-from trainer.sequences import SequenceStore, is_test_user, split_times
+from trainer.sequences import SequenceStore, is_test_user, split_times, test_users_identity
 from trainer.statistics import TargetStatistics, target_statistics
 from trainer.windows import EpochPlan, TargetViews, WindowRule, count_windows, load_targets
 
@@ -58,6 +60,14 @@ class CrmData:
     def loader(self, model: ModelConfig | None = None) -> Callable[[int], TargetViews]:
         """Shard number to its target views, as this model is trained on them."""
         return self._permuted if model is not None and model.permute_watch else self._load
+
+    @cached_property
+    def requests_fingerprint(self) -> str:
+        """What decides which views are targets and requests, whatever the model: the sequences and the split."""
+        split = self.config.split.model_dump(mode="json", exclude={"test_users"})
+        parts = [self.store.manifest["input"]["fingerprint"], split, test_users_identity(self.config.split),
+                 self.config.train.min_history, self.config.train.slices]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def slices(self) -> list[tuple[int | None, int]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, bayes_name
 from embeddings.index import ItemIndex
 from embeddings.snapshots import verify
 from trainer import checkpoint
@@ -32,7 +32,7 @@ from trainer.loop import TrainedModel, Write, build_model, fingerprint, precisio
 from trainer.metrics import control_curve, hit_watch_s, retrieval_metrics, retrieved_watch_s
 from trainer.rebuild import encode_items, encode_requests, publish_index, search_rows
 from trainer.requests import Requests
-from trainer.results import bayes_name, write_evaluation
+from trainer.results import write_evaluation
 from trainer.workers import Workers
 
 Lists = Callable[[np.ndarray, np.ndarray], np.ndarray | None]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +23,15 @@ import numpy as np
 import torch
 
 from configs.errors import WatchtowerError
-from configs.schema import Config, ModelConfig
+from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config, ModelConfig
 from embeddings.tables import Lookup, ShardedTables
 from trainer import checkpoint
 from trainer.batches import Prefetched, WindowBatch
 from trainer.crm import CrmModel, FeatureSizes, table_specs
 from trainer.crm_data import CrmData
 from trainer.engine import DenseEngine, EngineSpec
-from trainer.rebuild import IndexRebuilder, PublishedIndex, encode_items, encode_requests
+from trainer.events import memory_mib
+from trainer.rebuild import CHOOSES_AT, IndexRebuilder, PublishedIndex, encode_items, encode_requests
 from trainer.windows import EpochPlan
 from trainer.workers import Workers
 
@@ -51,7 +51,7 @@ class Position:
 @dataclass(frozen=True)
 class TrainedModel:
     """What training left behind. indexes: one an epoch. best: the one with the best validation; checkpoint: the
-    folder of that epoch. seconds: of this process. windows: rows of all epochs."""
+    folder of that epoch. seconds: of training, over all processes. windows: rows of all epochs."""
 
     name: str
     seed: int
@@ -65,7 +65,8 @@ class TrainedModel:
 @dataclass
 class _Running:
     """The parts of one model while it trains. `indexes`: results of rebuilds that are settled, the same on all
-    workers; `rebuilt`: rebuilds begun, of which the last may still be under way."""
+    workers; `rebuilt`: rebuilds begun, of which the last may still be under way. trained_s: seconds of training that
+    earlier processes put into it."""
 
     data: CrmData
     model: ModelConfig
@@ -79,9 +80,11 @@ class _Running:
     total_steps: int
     rebuilder: IndexRebuilder | None
     indexes: list[PublishedIndex]
+    trained_s: float
 
     def __post_init__(self) -> None:
         self.rebuilt = self.resumed = len(self.indexes)
+        self.began = time.perf_counter()
 
     @property
     def config(self) -> Config:
@@ -118,11 +121,12 @@ def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, 
         WatchtowerError: loss or gradient not finite; the message names the batch.
         QualityGateError: an index below its gate.
     """
-    config, began = data.config, time.perf_counter()
+    config = data.config
     folder = data.run_dir / "checkpoints" / model.name / f"seed={seed}"
     passes = [time_slice for time_slice in data.slices for _ in range(model.epochs or config.train.epochs)]
     plans = [data.plan(model, seed, number, time_slice) for number, time_slice in enumerate(passes)]
     running, position = _start(data, model, seed, workers, write, folder, plans)
+    is_trained = position.epoch == len(passes)
     try:
         if running.rebuilt < position.epoch:
             # The run ended between a checkpoint and its index; the towers are still those of that epoch.
@@ -142,8 +146,8 @@ def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, 
     kept = folder / f"step-{best.step}"
     if workers.first:
         checkpoint.prune(folder, config.train.keep_checkpoints, {kept})
-    return TrainedModel(model.name, seed, running.indexes, best, str(kept), time.perf_counter() - began,
-                        sum(plan.rows for plan in plans))
+    seconds = running.trained_s + (0.0 if is_trained else time.perf_counter() - running.began)
+    return TrainedModel(model.name, seed, running.indexes, best, str(kept), seconds, sum(plan.rows for plan in plans))
 
 
 def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, Position]:
@@ -174,7 +178,8 @@ def _start(data, model, seed, workers, write, folder, plans) -> tuple[_Running, 
             {"model": model.name, "seed": seed, "config": fingerprint(data, model)}, data.validation,
             np.asarray(data.catalogue.item_id_N), config.evaluate.at, _report_index(write, name))
     return _Running(data, model, seed, workers, write, tables, engine, folder, len(plans),
-                    sum(plan.steps for plan in plans), rebuilder, indexes), position
+                    sum(plan.steps for plan in plans), rebuilder, indexes,
+                    0.0 if newest is None else state["trained_s"]), position
 
 
 def fingerprint(data: CrmData, model: ModelConfig) -> str:
@@ -183,13 +188,10 @@ def fingerprint(data: CrmData, model: ModelConfig) -> str:
     or under the lower gate that it asked for."""
     config = data.config
     crm = config.crm.model_dump(mode="json", exclude={"models", "publish"})
-    train = config.train.model_dump(mode="json", exclude={
-        "workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints", "prefetch",
-        "log_every_steps", "max_restarts", "timeout_s"})
-    judged = config.evaluate.model_dump(mode="json", include={"future", "seed", "validation_queries"})
-    parts = [model.model_dump(mode="json"), crm, train, config.split.model_dump(mode="json"),
-             config.index.model_dump(mode="json", exclude={"threads", "device", "min_recall"}), judged,
-             data.store.manifest["input"]["fingerprint"]]
+    train = config.train.model_dump(mode="json", exclude=set(HOW_TRAINED))
+    judged = config.evaluate.model_dump(mode="json", include=set(SEEN_IN_TRAINING))
+    parts = [model.model_dump(mode="json"), crm, train, judged, data.requests_fingerprint,
+             config.index.model_dump(mode="json", exclude={*HOW_INDEXED, "min_recall"})]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -238,7 +240,10 @@ def _train_epoch(running: _Running, plan: EpochPlan, position: Position) -> None
         position.global_step += 1
         log.step(loss)
         every = train.checkpoint_every_steps
-        if every and position.global_step % every == 0 and position.step < plan.steps:
+        due = every and position.global_step % every == 0 and position.step < plan.steps
+        # A checkpoint holds the results of all rebuilds before it. Training does not wait for one that is under way;
+        # the next checkpoint comes soon enough.
+        if due and not running.workers.agree(running.rebuilder is not None and running.rebuilder.is_busy()):
             _save(running, position, settled=running.rebuilt)
 
 
@@ -366,6 +371,7 @@ def _save(running: _Running, position: Position, settled: int) -> None:
     state = {"epoch": position.epoch, "step": position.step, "global_step": position.global_step,
              "model": running.model.name, "seed": running.seed,
              "fingerprint": fingerprint(running.data, running.model),
+             "trained_s": running.trained_s + time.perf_counter() - running.began,
              "indexes": [index.as_json() for index in running.indexes]}
     began = time.perf_counter()
     checkpoint.save_checkpoint(running.folder / f"step-{position.global_step}", running.tables, running.engine, state,
@@ -379,15 +385,11 @@ def _save(running: _Running, position: Position, settled: int) -> None:
 
 
 def best_index(indexes: list[PublishedIndex]) -> PublishedIndex | None:
-    """The epoch with the best validation recall@100 (or the longest list there is); the last one without validation."""
-    if not indexes:
-        return None
-
-    def score(index: PublishedIndex) -> float:
-        return index.validation.get("recall@100", max(index.validation.values(), default=math.nan))
-
-    judged = [index for index in indexes if math.isfinite(score(index))]
-    return max(judged, key=score) if judged else indexes[-1]
+    """The epoch with the best validation recall@100; the last one where nothing was validated."""
+    judged = [index for index in indexes if math.isfinite(index.validation.get(f"recall@{CHOOSES_AT}", math.nan))]
+    if judged:
+        return max(judged, key=lambda index: index.validation[f"recall@{CHOOSES_AT}"])
+    return indexes[-1] if indexes else None
 
 
 def _out_of_patience(running: _Running) -> bool:
@@ -431,6 +433,6 @@ class StepLog:
             step=self._position.global_step, steps=self._total_steps, loss=loss,
             mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
             wait_share=min(1.0, (self._batches.waited_s - self._waited) / seconds),
-            memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            memory_mib=memory_mib(),
             eta_s=(self._total_steps - self._position.global_step) * seconds / self._steps)
         self._steps, self._losses, self._began, self._waited = 0, 0.0, now, self._batches.waited_s

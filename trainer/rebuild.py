@@ -29,6 +29,9 @@ from trainer.metrics import retrieval_metrics
 from trainer.requests import Requests
 from trainer.workers import Workers
 
+CHOOSES_AT = 100
+"""Places of the recall that picks the best epoch, whatever else is measured."""
+
 ITEMS_AT_ONCE = 8192
 REQUESTS_AT_ONCE = 256
 
@@ -147,14 +150,15 @@ def search_rows(index: ItemIndex, query_QD: np.ndarray, k: int, item_ids_N: np.n
 class IndexRebuilder:
     """Publishes and judges indexes behind the back of the training loop, one at a time and in order.
 
-    Lives on the first worker. Its results are read when they are needed (`finished`, `all_results`), where an error of
+    Lives on the first worker. Its results are read when they are needed (`results`, `all_results`), where an error of
     the thread is raised too.
     """
 
     def __init__(self, run_dir: Path, parent: Path, config: IndexConfig, provenance: dict, validation: Requests,
                  item_ids_N: np.ndarray, at: list[int], on_result: Callable[[PublishedIndex], None]):
         self._run_dir, self._parent, self._config, self._provenance = run_dir, parent, config, provenance
-        self._validation, self._item_ids_N, self._at, self._on_result = validation, item_ids_N, at, on_result
+        self._validation, self._item_ids_N, self._on_result = validation, item_ids_N, on_result
+        self._at = sorted({*at, CHOOSES_AT})
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watchtower-index")
         self._pending: list[Future] = []
 
@@ -171,6 +175,10 @@ class IndexRebuilder:
             QualityGateError, WatchtowerError: what a rebuild ended with.
         """
         return [future.result() for future in self._pending[:wait_for]]
+
+    def is_busy(self) -> bool:
+        """Whether a rebuild is under way or waits."""
+        return any(not future.done() for future in self._pending)
 
     def all_results(self) -> list[PublishedIndex]:
         return self.results(len(self._pending))

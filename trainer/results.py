@@ -15,12 +15,12 @@ Shape suffixes: S = seeds, Q = queries, M = metrics.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ import pyarrow.parquet as pq
 
 from configs.errors import WatchtowerError
 from configs.loader import config_hash
-from configs.schema import Config, ModelConfig
+from configs.schema import Config, ModelConfig, bayes_name
+from embeddings.snapshots import publish
 from trainer.checks import crm_checks
 from trainer.metrics import bootstrap_cis, paired_ci
 
@@ -50,6 +51,9 @@ class Evaluation:
 
     name: str
     seeds: tuple[int, ...]
+    requests: str
+    """Hash of who asked, when, and for which item: only the same requests can be compared."""
+
     query_id_Q: np.ndarray
     user_id_Q: np.ndarray
     values: dict[str, dict[str, np.ndarray]]
@@ -59,11 +63,6 @@ class Evaluation:
     """seed: points of the control curve; empty for a model that has none."""
 
     summaries: dict[int, dict[str, Any]]
-
-
-def bayes_name(model: str) -> str:
-    """Name in metrics.json of a model judged with the Bayes term: `dnn_unconditioned` gives `dnn_bayes`."""
-    return model.removesuffix("_unconditioned") + "_bayes"
 
 
 def write_evaluation(run_dir: str | Path, model: str, seed: int, queries: Mapping[str, Any],
@@ -96,14 +95,13 @@ def write_evaluation(run_dir: str | Path, model: str, seed: int, queries: Mappin
     if wrong:
         raise ValueError(f"not one value a query: {', '.join(wrong)}")
     folder = Path(run_dir) / "evaluation" / model / f"seed={seed}"
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    pq.write_table(pa.table(columns), beside / "queries.parquet")
-    (beside / "curve.json").write_text(_json(list(curve or [])))
-    (beside / "summary.json").write_text(_json(dict(summary)))
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+
+    def write(attempt: Path) -> None:
+        pq.write_table(pa.table(columns), attempt / "queries.parquet")
+        (attempt / "curve.json").write_text(_json(list(curve or [])))
+        (attempt / "summary.json").write_text(_json(dict(summary)))
+
+    publish(folder, write, {"kind": "evaluation", "model": model, "seed": seed}, replace=True)
     return folder
 
 
@@ -116,7 +114,8 @@ def load_evaluations(run_dir: str | Path, config: Config) -> tuple[dict[str, Eva
     Raises:
         WatchtowerError: if a file is missing or damaged, or the seeds of a model answered different queries.
     """
-    trained = {name for model in config.crm.models for name in (model.name, bayes_name(model.name))}
+    trained = {name for model in config.crm.models
+               for name in ((model.name, bayes_name(model.name)) if model.bayes else (model.name,))}
     belong: dict[str, dict[int, Path]] = {}
     ignored = []
     for folder in sorted(Path(run_dir).glob("evaluation/*/seed=*")):
@@ -265,7 +264,7 @@ def _load_model(name: str, folders: Mapping[int, Path]) -> Evaluation:
     tables = [_read_queries(folders[seed]) for seed in seeds]
     first = tables[0]
     for seed, table in zip(seeds, tables, strict=True):
-        if table.column_names != first.column_names or not table["query_id"].equals(first["query_id"]):
+        if table.column_names != first.column_names or _requests_of(table) != _requests_of(first):
             raise WatchtowerError(f"{folders[seed]} answered other queries or has other columns than "
                                   f"{folders[seeds[0]]}: run `watchtower evaluate` again for all seeds")
     values: dict[str, dict[str, np.ndarray]] = {}
@@ -273,9 +272,17 @@ def _load_model(name: str, folders: Mapping[int, Path]) -> Evaluation:
         strategy, dot, metric = column.rpartition(".")
         if dot:
             values.setdefault(strategy, {})[metric] = np.stack([_floats(table[column]) for table in tables])
-    return Evaluation(name, seeds, first["query_id"].to_numpy(), first["user_id"].to_numpy(), values,
+    return Evaluation(name, seeds, _requests_of(first), first["query_id"].to_numpy(), first["user_id"].to_numpy(),
+                      values,
                       {seed: _read_json(folders[seed] / "curve.json") for seed in seeds},
                       {seed: _read_json(folders[seed] / "summary.json") for seed in seeds})
+
+
+def _requests_of(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for name in ("query_id", "user_id", "timestamp_ms", "target_item_id"):
+        digest.update(table[name].to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _read_queries(folder: Path) -> pa.Table:
@@ -379,7 +386,7 @@ def _gain(a: Evaluation, a_strategy: str, b: Evaluation | None, b_strategy: str,
     if b is None or metric not in a.values.get(a_strategy, {}) or metric not in b.values.get(b_strategy, {}):
         return None
     shared = [seed for seed in a.seeds if seed in b.seeds]
-    if not shared or not np.array_equal(a.query_id_Q, b.query_id_Q):
+    if not shared or a.requests != b.requests:
         return None
     a_SQ = a.values[a_strategy][metric][[a.seeds.index(seed) for seed in shared]].astype(np.float64)
     b_SQ = b.values[b_strategy][metric][[b.seeds.index(seed) for seed in shared]].astype(np.float64)

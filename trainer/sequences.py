@@ -22,6 +22,7 @@ Shape suffixes: U = users of a shard, E = its events, B = ids looked up.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -397,6 +398,16 @@ def split_times(config: Config, manifest: Mapping) -> SplitTimes:
 
 def _local(time_ms: int, offset_ms: int) -> str:
     return f"{datetime.fromtimestamp((time_ms + offset_ms) // 1000, UTC):%Y-%m-%d %H:%M}"
+
+
+def test_users_identity(split: SplitConfig) -> str | None:
+    """What says who the held-out users are: a hash of the ids in the file, or of the share and its seed."""
+    if split.test_users is None:
+        return None
+    if isinstance(split.test_users, str):
+        ids = np.unique(_users_of(tuple(list_files(split.test_users, "split.test_users"))))
+        return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
+    return f"{split.test_users.share} {split.test_users.seed}"
 
 
 def is_test_user(user_ids: np.ndarray, split: SplitConfig) -> np.ndarray | None:

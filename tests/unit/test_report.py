@@ -79,7 +79,7 @@ def an_evaluation(model, seed, rng):
     strategies = ["null", "average", "maximum", "multiplexed", "fixed_60", "oracle"] if conditioned else ["none"]
     queries = {"query_id": np.arange(QUERIES), "user_id": np.arange(QUERIES) // 3,
                "timestamp_ms": np.arange(QUERIES) * 1000, "watch_time_s": rng.lognormal(3, 1, QUERIES),
-               "target_item_id": rng.integers(0, 10**12, QUERIES)}
+               "target_item_id": np.arange(QUERIES) * 7 + 10**12}
     metrics = {}
     for strategy in strategies:
         found = rng.random(QUERIES) < RECALL[strategy] + 0.005 * seed
@@ -361,3 +361,11 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
     ticks = round_ticks(low, high, 5)
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
     assert ticks == sorted(set(ticks))
+
+
+def test_seeds_that_answered_other_requests_are_not_joined(tmp_path):
+    for seed in (0, 1):
+        queries, *rest = an_evaluation(MODELS[0], seed, np.random.default_rng(0))
+        write_evaluation(tmp_path, "dnn", seed, queries | {"user_id": np.arange(QUERIES) + seed}, *rest)
+    with pytest.raises(WatchtowerError, match="other queries"):
+        assemble(tmp_path, a_config())
