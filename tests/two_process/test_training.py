@@ -470,17 +470,19 @@ def test_a_number_that_is_not_finite_stops_all_workers_and_names_the_batch(ranks
 
 # --------------------------------------------------------------------------------- whose checkpoint a checkpoint is
 
-def test_a_run_knows_its_checkpoints_wherever_it_goes_on():
+def test_a_run_knows_its_checkpoints_wherever_it_goes_on(tmp_path):
     from types import SimpleNamespace
 
+    from trainer.crm_data import CrmData
     from trainer.loop import fingerprint
 
     def told(model=TRANSFORMER, logs="a", **sections):
         config = config_of("any")
         config = config.model_copy(update={name: getattr(config, name).model_copy(update=changed)
                                            for name, changed in sections.items()})
-        store = SimpleNamespace(manifest={"input": {"fingerprint": logs}})
-        return fingerprint(SimpleNamespace(config=config, store=store), model)
+        data = SimpleNamespace(config=config, store=SimpleNamespace(manifest={"input": {"fingerprint": logs}}))
+        data.requests_fingerprint = CrmData.requests_fingerprint.func(data)
+        return fingerprint(data, model)
 
     same = ({"train": {"workers": 3}}, {"train": {"device": "cpu"}}, {"train": {"checkpoint_every_steps": 9}},
             {"index": {"threads": 2}}, {"index": {"min_recall": 0.1}}, {"evaluate": {"queries": 7}})
@@ -488,6 +490,15 @@ def test_a_run_knows_its_checkpoints_wherever_it_goes_on():
     other = ({"model": MLP}, {"logs": "b"}, {"train": {"batch_rows": 8}}, {"train": {"learning_rate": 1.0}},
              {"crm": {"temperature": 2.0}}, {"index": {"factory": "HNSW8"}}, {"evaluate": {"validation_queries": 7}})
     assert len({told(**changed) for changed in other} | {told()}) == len(other) + 1
+
+    # The file of held-out users counts by what is in it: other users, other towers.
+    held_out = {"split": {"test_users": str(tmp_path / "users.parquet")}}
+    pq.write_table(pa.table({"user_id": [1, 2]}), tmp_path / "users.parquet")
+    first = told(**held_out)
+    pq.write_table(pa.table({"user_id": [2, 1]}), tmp_path / "users.parquet")
+    assert told(**held_out) == first != told()
+    pq.write_table(pa.table({"user_id": [1, 3]}), tmp_path / "users.parquet")
+    assert told(**held_out) != first
 
 
 # -------------------------------------------------------------------------------------- rows that workers do not divide
