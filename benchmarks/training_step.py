@@ -32,7 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "two_process")]
 
-WINDOWS = 64  # a worker
+# Windows a worker. From the environment, because every spawned process reads this file anew (--windows sets it).
+WINDOWS = int(os.environ.get("WATCHTOWER_BENCH_WINDOWS", "64"))
 # What runs: windows of a global batch and workers.
 RUNNERS = {"plain": (WINDOWS, 1), "one": (WINDOWS, 1), "one_large": (2 * WINDOWS, 1), "two": (2 * WINDOWS, 2)}
 # name of the ratio: who, against whom, what to reach.
@@ -240,7 +241,9 @@ def main() -> int:
     parser.add_argument("--cores", type=int, nargs=2, help="two cores to pin to; default: the first two there are")
     parser.add_argument("--no-pin", action="store_true", help="leave the placing to the system")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows a worker and step")
     arguments = parser.parse_args()
+    os.environ["WATCHTOWER_BENCH_WINDOWS"] = str(arguments.windows)
     cores = [None, None] if arguments.no_pin else arguments.cores or sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         parser.error("this needs two cores")
