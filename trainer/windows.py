@@ -22,7 +22,7 @@ import numpy as np
 from configs.errors import InputError
 from trainer.sequences import SequenceShard, SequenceStore
 
-PREFER_KNOWN = 4.0
+PREFER_KNOWN = 16.0
 """How much sooner a target with a known watch time is drawn, where windows are drawn at random."""
 
 
