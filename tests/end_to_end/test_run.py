@@ -22,9 +22,9 @@ import pytest
 from trainer.events import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = ["data.synth.users=150", "data.synth.items=200", "train.checkpoint_every_steps=4", "train.log_every_steps=1",
-        "train.batch_rows=16", "evaluate.queries=100", "evaluate.curve_queries=40", "evaluate.validation_queries=50",
-        "gates.at_least={}"]
+TINY = ["data.synth.users=150", "data.synth.items=200", "train.epochs=2", "train.checkpoint_every_steps=4",
+        "train.log_every_steps=1", "train.batch_rows=16", "evaluate.queries=100", "evaluate.curve_queries=40",
+        "evaluate.validation_queries=50", "gates.at_least={}"]
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
