@@ -277,6 +277,10 @@ def unwrap(error: BaseException) -> WatchtowerError | None:
     return next(iter([*exact, *known, *found]), None)  # "the workers failed" says less than why they did
 
 
+# What Ray Data writes behind the message of a task's error.
+RAYS_WORDS = ("Failed to apply UDF", "To change retry attempts")
+
+
 def _told_in_text(text: str) -> WatchtowerError | None:
     """The last of our errors that the text of a traceback names, with its message."""
     import re
@@ -289,7 +293,7 @@ def _told_in_text(text: str) -> WatchtowerError | None:
         if match:
             message = [match[2]]
             for more in lines[at + 1:]:
-                if not more.strip() or more.startswith(("Traceback ", "ray::", "[Rank")):
+                if not more.strip() or more.startswith(("Traceback ", "ray::", "[Rank", *RAYS_WORDS)):
                     break
                 message.append(more)
             found = classes[match[1]]("\n".join(message))

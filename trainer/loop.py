@@ -32,8 +32,11 @@ from trainer.crm_data import CrmData
 from trainer.engine import DenseEngine, EngineSpec
 from trainer.events import memory_mib
 from trainer.rebuild import CHOOSES_AT, IndexRebuilder, PublishedIndex, encode_items, encode_requests
+from trainer.results import write_whole
 from trainer.windows import EpochPlan
 from trainer.workers import Workers
+
+RESULTS = "results.json"
 
 Write = Callable[..., None]
 """write(event, **fields): one line of events.jsonl; only the first worker has one that does something."""
@@ -138,6 +141,7 @@ def train_model(data: CrmData, model: ModelConfig, seed: int, workers: Workers, 
             _rebuild(running, position, watermark_ms)
             _save(running, position, settled=running.rebuilt - 1)
         _settle(running, running.rebuilt)
+        _keep_results(running, len(passes))
     finally:
         running.engine.close()
         if running.rebuilder is not None:
@@ -195,6 +199,25 @@ def fingerprint(data: CrmData, model: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _keep_results(running: _Running, epochs: int) -> None:
+    """Notes the results of all epochs beside the checkpoints: the last checkpoint is older than the last index, and who
+    only judges again shall not build that index anew."""
+    if running.workers.first and len(running.indexes) == epochs:
+        write_whole(running.folder / RESULTS, json.dumps({
+            "fingerprint": fingerprint(running.data, running.model),
+            "indexes": [index.as_json() for index in running.indexes]}) + "\n")
+
+
+def _with_results(state: dict, folder: Path) -> dict:
+    """The state with the results of all its epochs, where they were noted and the last index is still there."""
+    try:
+        noted = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError):
+        return state
+    whole = noted["fingerprint"] == state["fingerprint"] and len(noted["indexes"]) == state["epoch"]
+    return state | {"indexes": noted["indexes"]} if whole and state["step"] == 0 else state
+
+
 def _newest_checkpoint(folder: Path, expected: str, workers: Workers, write: Write, name: str):
     """The newest checkpoint that is whole and of this run, and its state; the first worker decides for all."""
     chosen = None
@@ -206,7 +229,7 @@ def _newest_checkpoint(folder: Path, expected: str, workers: Workers, write: Wri
                 write("warning", model=name, message=f"{path.name} is damaged, the one before is used: {error}")
                 continue
             if state["fingerprint"] == expected:
-                chosen = (path, state)
+                chosen = (path, _with_results(state, folder))
                 break
             write("warning", model=name, message=f"{path.name} is of another config or other logs; it is deleted")
             shutil.rmtree(path)

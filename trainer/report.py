@@ -112,6 +112,12 @@ def write_report(run_dir: str | Path) -> Path:
     return write_whole(run_dir / "report.html", page)
 
 
+LEGEND = (
+    "null: asked for nothing; average, maximum: for the user's own; multiplexed: for one of the two; fixed_60:",
+    "for 60 s; oracle: for the true next watch time, a ceiling and no method; none: cannot be asked.",
+    "retrieved s: what the items of a list are watched for; hit s: what the view that was found lasted.")
+
+
 def results_table(metrics: Mapping[str, Any]) -> str:
     """The results for a terminal, at most 110 columns wide: every model and strategy, control curves, checks."""
     k = _length(metrics)
@@ -127,6 +133,7 @@ def results_table(metrics: Mapping[str, Any]) -> str:
                                _number(_mean(values, f"ndcg@{k}"), ".3f"),
                                _number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
                                _number(_mean(values, f"hit_watch_s@{k}"), ".1f"), str(recall.get("n", "-"))], columns))
+    lines += ["", *LEGEND]
     return "\n".join(lines + _curve_lines(metrics) + _check_lines(metrics) + _synthetic_lines(metrics))
 
 
