@@ -9,7 +9,7 @@ import json
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -99,7 +99,8 @@ def _limits(limits: tuple) -> str:
 
 def _allowed_one(kind: Kind) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-             date: "a date (YYYY-MM-DD)", type(None): "null"}
+             date: "a date (YYYY-MM-DD)",
+             datetime: "a time (YYYY-MM-DDTHH:MM:SS, or a date for its midnight)", type(None): "null"}
     if kind.type in names:
         return names[kind.type] + _limits(kind.limits)
     if get_origin(kind.type) is Literal:

@@ -5,8 +5,8 @@ A run is one complete named config. Words are those of docs/architecture.md. `No
 
 from __future__ import annotations
 
-from datetime import date
-from typing import Annotated, Literal
+from datetime import date, datetime
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -293,6 +293,229 @@ class EvaluateConfig(Section):
         return self
 
 
+class SwingConfig(Section):
+    alpha: Annotated[float, Field(ge=0)] = Field(1.0, description="views; smooths the overlap of two users (alpha)")
+    max_users_per_item: Positive | None = Field(1000, description="users of an item that are paired; more are sampled")
+    max_items_per_user: Positive | None = Field(500, description="items of a user that count; of more, the latest")
+    seed: Seed = Field(0, description="seed of the sampled users")
+
+
+class EmbeddingChannelConfig(Section):
+    source: Literal["crm", "svd"] = Field(
+        "svd", description="crm: item vectors of an unconditioned tower trained on nothing after the watermark; "
+                           "svd: of the shifted PPMI of co-views")
+    dim: Positive = Field(64, description="width of the svd vectors, floats")
+    shift: PositiveFloat = Field(1.0, description="k of the shifted PPMI: log k is taken off")
+    window: Positive = Field(10, description="effective views around a view that count as co-viewed (svd)")
+    epochs: Positive = Field(2, description="passes over each slice of the tower (crm)")
+    tower: Literal["dnn", "decision_transformer"] = Field("dnn", description="the tower (crm)")
+    seed: Seed = Field(0, description="seed of the tower or of the svd")
+
+
+class ContentChannelConfig(Section):
+    hashed_dim: Positive = Field(256, description="width of hashed author, tag and duration features, where the "
+                                                  "catalogue has no content vectors")
+    author_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of the author among hashed features")
+    duration_weight: Annotated[float, Field(ge=0)] = Field(0.3, description="weight of the duration among them")
+
+
+class PairwiseLrConfig(Section):
+    candidates: Positive = Field(200, description="most co-viewed items of an item that are scored")
+    window: Positive = Field(20, description="effective views around a view that count as co-viewed")
+    label_h: PositiveFloat = Field(24.0, description="hours before the watermark that the labels are taken from")
+    pairs: Positive = Field(500_000, description="pairs the regression is fitted on, at most")
+    seed: Seed = Field(0, description="seed of the sampled pairs")
+
+
+class SessionChannelConfig(Section):
+    decay_h: PositiveFloat = Field(12.0, description="hours in which the weight of a transition falls by e")
+    max_gap: Positive = Field(5, description="views between the two of a transition, at most; its weight is 1 / gap")
+
+
+ChannelName = Literal["swing", "embedding", "content", "pairwise-lr", "session"]
+
+
+class ChannelsConfig(Section):
+    """Item-to-item channels, published as snapshots with a watermark."""
+
+    names: list[ChannelName] = Field(default_factory=lambda: ["swing", "embedding", "content"], min_length=1,
+                                     description="the channels, in the order of the labels")
+    top: Positive = Field(50, description="neighbours of an item that a snapshot keeps")
+    window_h: PositiveFloat | None = Field(None, description="hours of logs before a watermark that count; null: all")
+    rollback_min: Annotated[float, Field(ge=0)] = Field(
+        20.0, description="minutes after its watermark from which a snapshot is in use")
+    snapshots: Literal["requests", "daily"] | None = Field(
+        None, description="requests: one for each of replay's cuts, its rollback before it; daily: one at the beginning "
+                          "of each day; null: daily where train.slices is or requests are sampled views")
+    before_first: Literal["error", "empty"] = Field(
+        "error", description="a request before the first snapshot: an error, or empty lists")
+    swing: SwingConfig = Field(default_factory=SwingConfig, description="co-viewing, damped for busy users")
+    embedding: EmbeddingChannelConfig = Field(default_factory=EmbeddingChannelConfig, description="item vectors")
+    content: ContentChannelConfig = Field(default_factory=ContentChannelConfig, description="the catalogue's features")
+    pairwise_lr: PairwiseLrConfig = Field(default_factory=PairwiseLrConfig, description="regression on pair features")
+    session: SessionChannelConfig = Field(default_factory=SessionChannelConfig, description="transitions in a session")
+
+    @field_validator("names")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("a channel stands there twice")
+        return value
+
+
+class Cut(Section):
+    """One request for every user at one time."""
+
+    at: datetime = Field(description="time of the requests, local at data.utc_offset_h")
+    until: datetime | None = Field(None, description="end of their future; null: of all logs, for training requests the "
+                                                     "first test request")
+
+    @field_validator("at", "until", mode="before")
+    @classmethod
+    def _midnight(cls, value):
+        """A date stands for its midnight."""
+        return datetime(value.year, value.month, value.day) if type(value) is date else value
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if any(t is not None and t.tzinfo is not None for t in (self.at, self.until)):
+            raise ValueError("times are local at data.utc_offset_h; leave the time zone out")
+        if self.until is not None and self.until <= self.at:
+            raise ValueError(f"until ({self.until}) must be after at ({self.at})")
+        return self
+
+
+class RequestsConfig(Section):
+    """Which requests are replayed: cuts (one request a user at given times), or sampled views."""
+
+    train_cuts: list[Cut] | None = Field(None, description="times of the training requests; null: sampled views")
+    test_cuts: list[Cut] | None = Field(None, description="times of the test requests; null: sampled views")
+    every: Positive = Field(5, description="views: every k-th effective view of a user is a request")
+    per_user: Positive = Field(4, description="views: requests a user on each side, at most, the latest ones")
+    train_days: PositiveFloat = Field(3.0, description="views: days before split.test_start training requests are "
+                                                       "from")
+    triggers: Positive = Field(50, description="latest rows of a user that are triggers; repeats count once")
+    triggers_from: Literal["rows", "effective"] = Field("rows", description="all rows, impressions included, or "
+                                                                            "effective views only")
+    min_triggers: Positive = Field(10, description="distinct triggers that a training request needs")
+    min_future: Positive = Field(1, description="distinct later items that a training request needs")
+    test_min_triggers: Positive = Field(20, description="distinct triggers that a test request needs")
+    test_min_future: Positive = Field(3, description="distinct later items that a test request needs")
+    future_min_watch_s: PositiveFloat | None = Field(
+        None, description="seconds; views this long are the future; null: the effective views")
+
+    @model_validator(mode="after")
+    def _both(self):
+        if (self.train_cuts is None) != (self.test_cuts is None):
+            raise ValueError("give train_cuts and test_cuts, or neither")
+        for name in ("train_cuts", "test_cuts"):
+            if getattr(self, name) == []:
+                raise ValueError(f"{name} is empty; give one cut, or null for sampled views")
+        if self.train_cuts:
+            first = min(c.at for c in self.test_cuts)
+            for cut in self.train_cuts:
+                if (cut.until or cut.at) > first:
+                    raise ValueError(f"train_cuts end at {cut.until or cut.at}, after the first test request ({first})")
+        return self
+
+
+class ReplayConfig(Section):
+    """Value attribution (VAM, CAPTS Eq. 3-5, 10-11)."""
+
+    requests: RequestsConfig = Field(default_factory=RequestsConfig, description="the requests that are replayed")
+    window: Positive = Field(100, description="W: next effective views that a trigger is credited with")
+    null_watch_s: Annotated[float, Field(ge=0)] = Field(0.0, description="seconds; value of a view without watch time")
+    scale_s: PositiveFloat | None = Field(None, description="s_c, seconds; null: the channel's mean positive value")
+    cap: PositiveFloat = Field(5.0, description="k_c: highest intensity")
+    tau_s: PositiveFloat | None = Field(3.0, description="tau_c, seconds; null: the tau_quantile of positive values")
+    tau_quantile: Share = Field(0.5, description="quantile of a channel's positive values, where tau_s is null")
+    eta: Share | None = Field(None, description="share of unique items from which a list is diverse; null: the median")
+    shards_at_once: Positive | None = Field(None, description="shards in memory at once; null: the cores")
+
+
+class RouterModelConfig(Section):
+    """One router to train: the full model, or an ablation."""
+
+    name: str = Field(description="name of its selector, in run folders and metrics.json")
+    diversity: bool = Field(True, description="the uniqueness heads and their share of the score (Eq. 12-13, 15)")
+    calibrator: bool = Field(True, description="the bounded correction and its loss (Eq. 7, 9)")
+    window: Positive | None = Field(None, description="W of its labels; null: replay.window")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "_-" for c in value):
+            raise ValueError("a router's name has letters, digits, _ and - alone: it names folders and metrics")
+        return value
+
+
+def _capts_and_ablations() -> list[RouterModelConfig]:
+    return [RouterModelConfig(name="capts"), RouterModelConfig(name="capts-no-diversity", diversity=False),
+            RouterModelConfig(name="capts-no-calibrator", calibrator=False)]
+
+
+class RouterConfig(Section):
+    """CATR, the router that learns which trigger seeds which channel (CAPTS Eq. 6-15)."""
+
+    models: list[RouterModelConfig] = Field(default_factory=_capts_and_ablations, min_length=1,
+                                            description="the routers to train, each over every seed")
+    dim: Positive = Field(64, description="width of trigger and user vectors, floats")
+    hidden: Positive = Field(128, description="width of the heads' hidden layers")
+    history: Positive = Field(50, description="recent effective views that triggers attend to")
+    heads: Positive = Field(2, description="heads of the target attention")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in the heads")
+    features: Literal["all", "trigger"] = Field("all", description="all: list-side and past-replay features, too; "
+                                                                   "trigger: what is known of the trigger alone")
+    tables: TableConfig = Field(default_factory=lambda: TableConfig(dim=32), description="embedding tables")
+    from_crm: bool = Field(False, description="start the tables from the published CRM model; widths must be equal")
+    epochs: Positive = Field(3, description="passes over the training labels")
+    batch_requests: Positive = Field(64, description="requests in a global batch (all workers together)")
+    learning_rate: PositiveFloat = Field(1e-3, description="of the towers (AdamW)")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of the towers (AdamW)")
+    calibration_weight: Annotated[float, Field(ge=0)] = Field(0.5, description="l_cal of Eq. 14")
+    diversity_weight: Annotated[float, Field(ge=0)] = Field(0.2, description="l_div of Eq. 14")
+    listwise_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of a softmax loss over a request's triggers; not in the paper")
+    correction: PositiveFloat = Field(0.1, description="a of Eq. 7: the bound of the calibrator's correction")
+    validation_share: Share = Field(0.1, description="share of the training users whose requests choose the epoch")
+
+    @model_validator(mode="after")
+    def _names(self):
+        names = [m.name for m in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("two routers have the same name")
+        if self.dim % self.heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+SelectorName = Literal["recent", "watch-time-top", "tag-top", "ltv", "nic", "pdn", "lic", "random", "past-replay",
+                       "oracle", "popular"]
+
+
+class RoutingConfig(Section):
+    """Which triggers each channel takes (Eq. 15), and how selectors are judged."""
+
+    assignment: Literal["independent", "joint"] = Field(
+        "independent", description="what serves: top-B per channel, or a greedy pick under the shared quota")
+    beta: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of the uniqueness in the score (Eq. 15)")
+    budgets: list[Positive] = Field(default_factory=lambda: [5, 10, 20], min_length=1,
+                                    description="B: triggers that a channel may take for a request")
+    selectors: list[SelectorName] = Field(
+        default_factory=lambda: ["recent", "watch-time-top", "tag-top", "ltv", "nic", "pdn", "lic", "random",
+                                 "past-replay", "oracle", "popular"], min_length=1,
+        description="baselines and controls that the routers are judged beside")
+    at: list[Positive] = Field(default_factory=lambda: [10, 50, 100, 200, 500, 1000, 2000], min_length=1,
+                               description="K: items of each channel's list that count; `all` stands beside them")
+    windows: list[Positive] = Field(default_factory=lambda: [50, 100, 150, 200], min_length=1,
+                                    description="W of the evaluation's sensitivity table, next effective views")
+    test_users: TestUsers = Field(default_factory=lambda: TestUsers(share=0.3, seed=0),
+                                  description="users of the test requests, where split.test_users is null")
+    test_requests: Positive | None = Field(None, description="test requests, at most; null: all")
+    bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
+    seed: Seed = Field(0, description="seed of the random selector and of the bootstrap")
+
+
 class GatesConfig(Section):
     """Thresholds that end a run with exit code 3. Keys are paths in metrics.json, values the least mean allowed."""
 
@@ -305,19 +528,26 @@ class RayConfig(Section):
     ingest_tasks: Positive | None = Field(None, description="ingest tasks at once; null: the cores")
 
 
+StageName = Literal["ingest", "crm", "channels", "replay", "router", "evaluate", "report"]
+
+
 class Config(Section):
     name: str = Field("watchtower", description="name of the run, in reports")
     run_dir: Text = Field("runs/watchtower", description="the run folder")
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, description="seeds each model is trained with")
-    stages: list[Literal["ingest", "crm", "evaluate", "report"]] = Field(
-        default_factory=lambda: ["ingest", "crm", "evaluate", "report"], min_length=1,
+    stages: list[StageName] = Field(
+        default_factory=lambda: list(get_args(StageName)), min_length=1,
         description="stages asked for; what they need and is not there yet runs before them")
     data: DataConfig = Field(default_factory=DataConfig, description="logs, catalogue, users")
     split: SplitConfig = Field(default_factory=SplitConfig, description="training, validation and test")
     crm: CrmConfig = Field(default_factory=CrmConfig, description="the towers")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the training loop")
     index: IndexConfig = Field(default_factory=IndexConfig, description="the index rebuilt after every epoch")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="what is measured")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="what is measured of CRM")
+    channels: ChannelsConfig = Field(default_factory=ChannelsConfig, description="item-to-item channels")
+    replay: ReplayConfig = Field(default_factory=ReplayConfig, description="look-ahead value attribution (VAM)")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="the router (CATR)")
+    routing: RoutingConfig = Field(default_factory=RoutingConfig, description="routing and its judgement")
     gates: GatesConfig = Field(default_factory=GatesConfig, description="quality gates")
     ray: RayConfig = Field(default_factory=RayConfig, description="the cluster")
 
