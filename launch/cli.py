@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 STAGE_COMMANDS = {  # what is typed: (stage, what it does)
     ("ingest",): ("ingest", "read the logs, set bad rows aside, write user sequences"),
     ("train", "crm"): ("crm", "train the towers, rebuild and publish the index after every epoch"),
-    ("evaluate",): ("evaluate", "measure retrieval through the published indexes"),
+    ("channels",): ("channels", "build the item-to-item channels and publish their snapshots"),
+    ("replay",): ("replay", "value attribution: which trigger would have brought back what was watched"),
+    ("train", "router"): ("router", "train the routers on the replay's labels, score the test requests"),
+    ("evaluate",): ("evaluate", "measure retrieval through the published indexes and snapshots"),
     ("report",): ("report", "write report.html from what was measured"),
 }
 INTERRUPTED, TERMINATED = 130, 143
-NOT_BUILT = (("channels",), ("replay",), ("train", "router"), ("plan",), ("doctor",), ("submit",), ("serve",),
-             ("nearline",))
+NOT_BUILT = (("plan",), ("doctor",), ("submit",), ("serve",), ("nearline",))
 WORLD_DIALS = (  # option, type, what it is; the field of WorldSpec has the same name
     ("users", int, "number of users"),
     ("items", int, "number of items"),
@@ -65,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show tracebacks (also: WATCHTOWER_TRACEBACK=1)")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    run = commands.add_parser("run", help="the whole way: ingest, train crm, evaluate, report; what is done already "
+    run = commands.add_parser("run", help="the whole way, CRM and CAPTS, from logs to report; what is done already "
                                           "for the same inputs is not done again")
     _takes_config(run)
     for words, (stage, does) in STAGE_COMMANDS.items():
@@ -73,11 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
             command = commands.add_parser(words[0], help=does)
             command.set_defaults(stage=stage)
             _takes_config(command)
-    train = commands.add_parser("train", help="train crm: " + STAGE_COMMANDS["train", "crm"][1])
-    kinds = train.add_subparsers(dest="what", metavar="crm", required=True)
-    crm = kinds.add_parser("crm", help=STAGE_COMMANDS["train", "crm"][1])
-    crm.set_defaults(stage="crm")
-    _takes_config(crm)
+    train = commands.add_parser("train", help="train crm, the towers, or train router")
+    kinds = train.add_subparsers(dest="what", metavar="crm|router", required=True)
+    for what in ("crm", "router"):
+        stage, does = STAGE_COMMANDS["train", what]
+        command = kinds.add_parser(what, help=does)
+        command.set_defaults(stage=stage)
+        _takes_config(command)
 
     synth = commands.add_parser("synth", help="write a synthetic world in the log format")
     synth.add_argument("folder", metavar="DIR", help="where to: logs/, items.parquet and world.json")

@@ -1,8 +1,10 @@
 """The order of the stages, and which of them are already done for the same inputs.
 
-    ingest ─ crm ─ evaluate ─ report
+    ingest ─┬─ crm ─ evaluate ──────────────────┬─ report
+            └─ channels ─ replay ─ router ─ routing ─┘
 
-A stage's inputs are the config sections that can change its result, the files that it reads, and the inputs of the
+`evaluate` judges CRM, `routing` CAPTS; a config or a command line that says evaluate means those of the two whose
+towers or routers it asks for. A stage's inputs are the config sections that can change its result, the files that it reads, and the inputs of the
 stages before it, hashed. When it is done, `stages/<stage>.json` in the run folder says for which inputs; as long as
 they are the same and what it wrote is there, it is not done again. How a run is done (workers, threads, logging) is
 no input. A stage that is asked for runs after those that it needs and that are not done yet, and nothing else runs.
@@ -38,10 +40,11 @@ class Stage:
     """One stage: `call` names the function (module:function) that takes (config, run_dir) and returns None or a dict.
 
     Of the dict, `rows` (and `peak_mib`, if it is more than was seen here) are noted; the rest is kept with them.
+    needs: the stages whose results it reads, for a config.
     """
 
     name: str
-    needs: tuple[str, ...]
+    needs: Callable[[Config], tuple[str, ...]]
     call: str
     outputs: tuple[str, ...]
     reads: Callable[[Config], dict[str, Any]]
@@ -67,15 +70,72 @@ def _reads_evaluate(config: Config) -> dict[str, Any]:
     return {"evaluate": plain(config.evaluate), "crm": {"publish": config.crm.publish}}
 
 
+def _reads_channels(config: Config) -> dict[str, Any]:
+    channels = config.channels
+    known = {name.replace("-", "_"): name in channels.names for name in ("swing", "embedding", "content", "session",
+                                                                         "pairwise-lr")}
+    read = _without(channels, {section for section, used in known.items() if not used} | {"before_first"})
+    tower = {}
+    if "embedding" in channels.names and channels.embedding.source == "crm":
+        tower = {"crm": _without(config.crm, {"models", "publish"}), "train": _without(config.train, HOW_TRAINED),
+                 "index": _without(config.index, HOW_INDEXED), "routing": {"test_users": config.routing.test_users}}
+    return {"channels": read, **tower, "split": plain(config.split), "test_users": _test_users_file(config),
+            "train.slices": config.train.slices, "requests": _cuts(config)}
+
+
+def _cuts(config: Config) -> dict[str, Any]:
+    """What of the requests decides the watermarks."""
+    requests = config.replay.requests
+    return plain({"train": requests.train_cuts, "test": requests.test_cuts})
+
+
+def _reads_replay(config: Config) -> dict[str, Any]:
+    windows = sorted({m.window for m in config.router.models if m.window})
+    return {"replay": _without(config.replay, {"shards_at_once"}), "windows": windows,
+            "channels": {"before_first": config.channels.before_first, "rollback_min": config.channels.rollback_min},
+            "routing": {"test_users": plain(config.routing.test_users)}}
+
+
+def _reads_router(config: Config) -> dict[str, Any]:
+    return {"router": plain(config.router), "seeds": list(config.seeds), "train": _without(config.train, HOW_TRAINED),
+            "routing": {"beta": config.routing.beta}}
+
+
+def _reads_routing(config: Config) -> dict[str, Any]:
+    return {"routing": plain(config.routing)}
+
+
 def _reads_report(config: Config) -> dict[str, Any]:
     return {"name": config.name, "gates": plain(config.gates)}
 
 
+def judgements(asked: Set[str]) -> set[str]:
+    """The stages that judge what is asked for: CRM's where its towers are, CAPTS's where its routers are; both where
+    neither is named."""
+    towers, routers = "crm" in asked, "router" in asked
+    return {name for name, wanted in (("evaluate", towers or not routers), ("routing", routers or not towers))
+            if wanted}
+
+
+def _always(*names: str) -> Callable[[Config], tuple[str, ...]]:
+    return lambda config: names
+
+
 STAGES = {stage.name: stage for stage in (
-    Stage("ingest", (), "launch.stages:ingest", ("sequences/manifest.json",), _reads_ingest, on_ray=True),
-    Stage("crm", ("ingest",), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True),
-    Stage("evaluate", ("ingest", "crm"), "launch.train:evaluate_crm", ("metrics.json",), _reads_evaluate, on_ray=True),
-    Stage("report", ("evaluate",), "launch.stages:report", ("report.html",), _reads_report, on_ray=False),
+    Stage("ingest", _always(), "launch.stages:ingest", ("sequences/manifest.json",), _reads_ingest, on_ray=True),
+    Stage("crm", _always("ingest"), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True),
+    Stage("evaluate", _always("ingest", "crm"), "launch.train:evaluate_crm", ("metrics.json",), _reads_evaluate,
+          on_ray=True),
+    Stage("channels", _always("ingest"), "launch.stages:channels", ("channels",), _reads_channels,
+          on_ray=True),
+    Stage("replay", _always("ingest", "channels"), "launch.replay:replay_labels", ("labels/manifest.json",),
+          _reads_replay, on_ray=True),
+    Stage("router", lambda config: ("ingest", "channels", "replay", *(("crm",) if config.router.from_crm else ())),
+          "launch.train:train_router", ("evaluation/routing",), _reads_router, on_ray=True),
+    Stage("routing", _always("ingest", "channels", "replay", "router"), "launch.stages:routing",
+          ("metrics.json", "evaluation/routing/metrics.json"), _reads_routing, on_ray=True),
+    Stage("report", lambda config: tuple(sorted(judgements(set(config.stages)))), "launch.stages:report",
+          ("report.html",), _reads_report, on_ray=False),
 )}
 
 
@@ -119,10 +179,11 @@ def _test_users_file(config: Config) -> list[list[Any]] | str | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage's result depends on: readable, and as one hash."""
+    """What a stage's result depends on: readable, and as one hash. needs: the stages before it that it reads."""
 
     reads: dict[str, Any]
     hash: str
+    needs: tuple[str, ...]
 
 
 def stage_inputs(config: Config, run_dir: Path) -> dict[str, Inputs]:
@@ -132,8 +193,9 @@ def stage_inputs(config: Config, run_dir: Path) -> dict[str, Inputs]:
         reads = stage.reads(config)
         if stage.name == "ingest":
             reads = _with_gone_files(reads, _read_json(run_dir / "stages" / "inputs" / "ingest.json") or {})
-        upstream = {name: found[name].hash for name in stage.needs}
-        found[stage.name] = Inputs(reads, config_hash({"stage": stage.name, "reads": reads, "needs": upstream}))
+        needs = stage.needs(config)
+        upstream = {name: found[name].hash for name in needs}
+        found[stage.name] = Inputs(reads, config_hash({"stage": stage.name, "reads": reads, "needs": upstream}), needs)
     return found
 
 
@@ -200,17 +262,17 @@ def stages_to_run(run_dir: Path, asked: list[str], inputs: dict[str, Inputs]) ->
     def want(name: str) -> None:
         if name not in wanted and not is_done(run_dir, STAGES[name], inputs[name]):
             wanted.add(name)
-            for needed in STAGES[name].needs:
+            for needed in inputs[name].needs:
                 want(needed)
 
     for name in asked:
         want(name)
     again = True
     while again:  # what is asked for and comes after a stage that runs, runs too: its inputs are being made anew
-        late = [s.name for s in STAGES.values() if s.name in asked and s.name not in wanted and wanted & set(s.needs)]
+        late = [name for name in STAGES if name in asked and name not in wanted and wanted & set(inputs[name].needs)]
         for name in late:
             wanted.add(name)
-            for needed in STAGES[name].needs:
+            for needed in inputs[name].needs:
                 want(needed)
         again = bool(late)
     return [name for name in STAGES if name in wanted]
@@ -230,8 +292,10 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         WatchtowerError: another process writes this run folder.
     """
     wanted = set(only or config.stages)
-    if "crm" in wanted and only is None:
-        wanted.add("evaluate")  # the towers are judged as they are trained; this adds only what was asked for since
+    if "evaluate" in wanted:
+        wanted = wanted - {"evaluate"} | judgements(set(config.stages))
+    elif only is None and wanted & {"crm", "router"}:
+        wanted |= judgements(wanted)  # towers are judged as they are trained; this adds only what was asked for since
     asked = [name for name in STAGES if name in wanted]
     require_logs(config)
     run_dir = make_run_folder(config.run_dir)
@@ -245,7 +309,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         save_resolved(config, run_dir / "config.yaml")
         if to_run:
             _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
-        if wanted & {"crm", "evaluate", "report"}:
+        if wanted & {"crm", "evaluate", "router", "routing", "report"}:
             show_results(run_dir)
             judge(config, run_dir)
     return run_dir
@@ -266,7 +330,7 @@ def _check_files(to_run: list[str], inputs: dict[str, Inputs]) -> None:
     places: list[Any] = []
     if "ingest" in to_run:
         places += inputs["ingest"].reads["source"].values()
-    if {"crm", "evaluate"} & set(to_run):
+    if set(to_run) - {"ingest", "report"}:
         places.append(inputs["crm"].reads["test_users"])
     missing = [place.removeprefix(MISSING) for place in places if isinstance(place, str)]
     if missing:
@@ -329,7 +393,7 @@ def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[st
 def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: EventLog) -> None:
     module, _, function = stage.call.partition(":")
     call = getattr(importlib.import_module(module), function)
-    for later in _after(stage.name):
+    for later in _after(stage.name, config):
         (run_dir / "stages" / f"{later}.json").unlink(missing_ok=True)
     log.write("stage", stage=stage.name, status="started")
     begin = time.perf_counter()
@@ -354,11 +418,11 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
               peak_mib=noted["peak_mib"])
 
 
-def _after(name: str) -> list[str]:
+def _after(name: str, config: Config) -> list[str]:
     """The stage itself and every stage that needs it, however far."""
     found = [name]
     for stage in STAGES.values():
-        if stage.name not in found and set(found) & set(stage.needs):
+        if stage.name not in found and set(found) & set(stage.needs(config)):
             found.append(stage.name)
     return found
 
@@ -416,6 +480,27 @@ def ingest(config: Config, run_dir: Path) -> dict[str, Any]:
     summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=_say)
     _say(str(summary))
     return {"rows": summary.statistics["rows"], "quarantined": summary.quarantined}
+
+
+def channels(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Publish the channels' snapshots; the embedding channel's tower is trained before, where it has one."""
+    from launch.channels import build_channels
+    from launch.train import train_channel_embedding
+
+    trained = {}
+    if "embedding" in config.channels.names and config.channels.embedding.source == "crm":
+        trained = {"tower": train_channel_embedding(config, run_dir)}
+    return {**build_channels(config, run_dir), **trained}
+
+
+def routing(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Judge the routers beside every selector, and write what was found into metrics.json."""
+    from launch.routing import evaluate_routing
+    from launch.train import write_results
+
+    result = evaluate_routing(config, run_dir)
+    write_results(config, run_dir)
+    return result
 
 
 def _say(line: str) -> None:

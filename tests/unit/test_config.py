@@ -152,7 +152,7 @@ def test_a_run_folder_is_a_config_too(run_file, tmp_path):
     ("seeds=[-1]", ["seeds.0: -1", "from 0"]),
     ("seeds=[]", ["seeds: [] is not allowed", "not empty"]),
     ("stages=crm", ['stages: "crm" is not allowed', "a list"]),
-    ("stages=[train]", ["one of ingest, crm, evaluate, report"]),
+    ("stages=[train]", ["one of ingest, crm, channels, replay, router, evaluate, report"]),
     ("gates.at_least.x=high", ["gates.at_least.x", "a number"]),
     ("data.columns=[1]", ["a mapping"]),
     ("name=[", ["name: the value '[' is not valid YAML"]),

@@ -16,8 +16,10 @@ from launch.local_ray import local_cpus, object_store_bytes, threads_per_worker,
 from launch.run_folder import LOCK_NAME, locked, make_run_folder
 from trainer.events import read_events
 
-WRITES = {"ingest": "sequences/manifest.json", "crm": "indexes/serving.json", "evaluate": "metrics.json",
-          "report": "report.html"}
+WRITES = {"ingest": ["sequences/manifest.json"], "crm": ["indexes/serving.json"], "evaluate": ["metrics.json"],
+          "channels": ["channels/swing/1/manifest.json"], "replay": ["labels/manifest.json"],
+          "router": ["evaluation/routing/capts/seed=0/scores.parquet"],
+          "routing": ["metrics.json", "evaluation/routing/metrics.json"], "report": ["report.html"]}
 METRICS = {"crm": {"dnn": {"oracle": {"recall@100": {"mean": 0.4}}}}}
 
 
@@ -29,9 +31,10 @@ def folder(tmp_path, monkeypatch):
     def stand_in(name):
         def call(config, run_dir):
             ran.append(name)
-            path = run_dir / WRITES[name]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(METRICS if name == "evaluate" else {}))
+            for file in WRITES[name]:
+                path = run_dir / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(METRICS if file == "metrics.json" else {}))
             return {"rows": 7}
         return call
 
@@ -53,7 +56,8 @@ def folder(tmp_path, monkeypatch):
     return run
 
 
-EVERYTHING = ["ingest", "crm", "evaluate", "report"]
+CRM, CAPTS = ["crm", "evaluate"], ["channels", "replay", "router", "routing"]
+EVERYTHING = ["ingest", *CRM, *CAPTS, "report"]
 
 
 def test_everything_once(folder, capsys):
@@ -75,20 +79,34 @@ def test_everything_once(folder, capsys):
 
 def test_a_stage_runs_what_it_needs_and_only_that(folder):
     assert folder(only=["crm"]) == ["ingest", "crm"]
-    assert folder("stages=[report]") == ["evaluate", "report"]
-    assert folder(only=["evaluate"]) == []
+    assert folder("stages=[crm, report]") == ["evaluate", "report"]
+    assert folder("stages=[crm, evaluate]", only=["evaluate"]) == []
+    assert folder(only=["evaluate"]) == CAPTS
+    assert folder("stages=[router]") == []
+
+
+def test_channels_train_no_towers(folder):
+    assert folder("channels.names=[swing]", "stages=[channels]") == ["ingest", "channels"]
+    assert folder("channels.names=[swing]", "stages=[router, report]") == ["replay", "router", "routing", "report"]
+    assert folder("channels.names=[swing]", "router.from_crm=true", "stages=[router]") == [
+        "crm", "router", "routing"]
 
 
 @pytest.mark.parametrize(("override", "again"), [
     ("data.utc_offset_h=8", EVERYTHING),
     ("data.synth.seed=1", EVERYTHING),
-    ("train.epochs=9", EVERYTHING[1:]),
+    ("train.epochs=9", [*CRM, "router", "routing", "report"]),
     ("split.test_days=2", EVERYTHING[1:]),
-    ("seeds=[1]", EVERYTHING[1:]),
-    ("crm.tower.dim=32", EVERYTHING[1:]),
-    ("index.factory=HNSW32", EVERYTHING[1:]),
-    ("evaluate.queries=100", EVERYTHING[2:]),
-    ("crm.publish=dnn", EVERYTHING[2:]),
+    ("seeds=[1]", [*CRM, "router", "routing", "report"]),
+    ("crm.tower.dim=32", [*CRM, "report"]),
+    ("index.factory=HNSW32", [*CRM, "report"]),
+    ("evaluate.queries=100", ["evaluate", "report"]),
+    ("crm.publish=dnn", ["evaluate", "report"]),
+    ("channels.swing.alpha=2", [*CAPTS, "report"]),
+    ("channels.session.decay_h=2", []),
+    ("replay.tau_s=4", [*CAPTS[1:], "report"]),
+    ("router.dim=32", [*CAPTS[2:], "report"]),
+    ("routing.budgets=[5]", ["routing", "report"]),
     ("name=other", ["report"]),
     ("train.workers=1", []),
     ("train.log_every_steps=1", []),
@@ -110,7 +128,7 @@ def test_what_is_gone_is_made_again_with_what_follows(folder, capsys):
     folder()
     (folder.path / "indexes/serving.json").unlink()
     (folder.path / "indexes").rmdir()
-    assert folder() == ["crm", "evaluate", "report"]
+    assert folder() == [*CRM, "report"]
     assert "crm: again  indexes is gone" in capsys.readouterr().out
 
 
@@ -124,7 +142,7 @@ def test_a_stage_that_fails_is_not_done(folder, monkeypatch):
     assert [e["status"] for e in read_events(folder.path / "events.jsonl", "stage")][-1] == "failed"
     assert not (folder.path / LOCK_NAME).exists()
     monkeypatch.setattr(stages, "stand_in_crm", good)
-    assert folder() == ["crm", "evaluate", "report"]
+    assert folder() == EVERYTHING[1:]
 
 
 def test_a_stage_that_writes_nothing_is_a_failure(folder, monkeypatch):
