@@ -58,6 +58,14 @@ class SynthConfig(Section):
         0.3, description="spread of the users' own watch levels, log seconds; 0: a user's average says nothing")
     mood_scale: Annotated[float, Field(ge=0, le=3)] = Field(
         0.25, description="spread of the moods that a session's watch times share, log seconds")
+    views_spread: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.9, description="standard deviation of the log of a user's number of views")
+    exploration: Share = Field(0.15, description="share of the feed drawn by popularity alone")
+    passing_interest: Share = Field(0.25, description="share of the feed drawn from a session's passing interest")
+    author_loyalty: Share = Field(0.10, description="share of the feed drawn from favourite authors")
+    interest_drift: Share = Field(0.5, description="chance that a session has a new passing interest")
+    popularity_spread: Annotated[float, Field(ge=0, le=4)] = Field(
+        1.54, description="standard deviation of the log of an item's popularity; 0: all alike")
     watch_time: Literal["natural", "independent", "permuted"] = Field(
         "natural", description="independent, permuted: null worlds, where watch time says nothing of the item")
 
