@@ -185,6 +185,27 @@ class ItemIndex:
             shares.append(np.minimum(hits_Q, k) / k)
         return float(np.concatenate(shares).mean())
 
+    def vectors(self) -> np.ndarray:
+        """The vectors that the index searches, float32 (N, D), in the order of `item_ids`.
+
+        Those it was built from, or read back from it: exact for flat indexes, the codes' vectors for quantized ones.
+
+        Raises:
+            WatchtowerError: this kind of index cannot give its vectors back.
+        """
+        if self._vectors_ND is not None:
+            return self._vectors_ND
+        index = _to_cpu(self._index)
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            ivf.make_direct_map()
+        try:
+            return np.ascontiguousarray(index.reconstruct_n(0, self.size)[:, : self.width])
+        except RuntimeError as error:
+            raise WatchtowerError(
+                f"index factory {self.spec.factory!r} cannot give its vectors back ({_reason(error)}); take `Flat`"
+            ) from error
+
     def forget_vectors(self) -> None:
         """Let go of the vectors that `build` keeps for `recall_against_exact`."""
         self._vectors_ND = None

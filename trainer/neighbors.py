@@ -78,12 +78,13 @@ def top_neighbors(item_P: np.ndarray, neighbor_P: np.ndarray, score_P: np.ndarra
 
 
 def publish_neighbors(channel_folder: Path, watermark_ms: int, lists: NeighborLists, vocabulary: Vocabulary,
-                      manifest: Mapping[str, Any]) -> Path:
+                      manifest: Mapping[str, Any], *, replace: bool = False) -> Path:
     """Publish a snapshot under channels/<name>/<watermark_ms>, whole or not at all; one that is there with the same
     manifest stays.
 
     Args:
         manifest: what the lists were made from and how (params, counts); rows and watermark are added.
+        replace: swap one that is there.
 
     Returns:
         Its folder.
@@ -101,7 +102,8 @@ def publish_neighbors(channel_folder: Path, watermark_ms: int, lists: NeighborLi
             "scores": pa.ListArray.from_arrays(offsets, pa.array(lists.score_L))}), folder / NEIGHBORS)
 
     return publish(Path(channel_folder) / str(watermark_ms), write, {
-        "watermark_ms": int(watermark_ms), "items": len(row_I), "neighbors": len(ids_L), **manifest})
+        "watermark_ms": int(watermark_ms), "items": len(row_I), "neighbors": len(ids_L), **manifest},
+        replace=replace)
 
 
 def read_neighbors(folder: Path, vocabulary: Vocabulary) -> NeighborLists:
@@ -163,9 +165,9 @@ class ChannelSnapshots:
             number_R = np.searchsorted(watermark_S, seen_ms_R, side="right") - 1
             if self._before_first == "error" and (number_R < 0).any():
                 early = int(seen_ms_R[number_R < 0].min()) + self.rollback_ms
-                raise InputError(f"a request at {early} ms comes before the first snapshot of channel {name} (watermark "
-                                 f"{watermark_S[0]} ms, in use {self.rollback_ms // MINUTE_MS} min later). Build an "
-                                 "earlier snapshot, move the requests, or set channels.before_first=empty")
+                raise InputError(f"a request at {early} ms comes before the first snapshot of channel {name} "
+                                 f"(watermark {watermark_S[0]} ms, in use {self.rollback_ms // MINUTE_MS} min later). "
+                                 "Build an earlier snapshot, move the requests, or set channels.before_first=empty")
             columns.append(number_R)
         return np.stack(columns, axis=1).astype(np.int32)
 

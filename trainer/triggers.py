@@ -75,8 +75,8 @@ def request_rule(config: Config, manifest: dict, side: Side) -> RequestRule:
         return RequestRule(side, None, times.test_start_ms, times.test_end_ms, times.test_end_ms, **limits)
     begin = times.test_start_ms - round(rule.train_days * DAY_MS)
     if begin <= manifest["statistics"]["first_timestamp_ms"]:
-        raise InputError(f"replay.requests.train_days ({rule.train_days}) reaches back to the beginning of the logs: no "
-                         "history would be left before the training requests")
+        raise InputError(f"replay.requests.train_days ({rule.train_days}) reaches back to the beginning of the logs: "
+                         "no history would be left before the training requests")
     return RequestRule(side, None, begin, times.test_start_ms, times.test_start_ms, **limits)
 
 
@@ -164,7 +164,8 @@ def trigger_requests(shard: SequenceShard, number: int, rule: RequestRule, confi
         until_Q = np.full(len(user_Q), rule.until_ms)
     else:
         at_C, until_C = (np.array(values, np.int64) for values in zip(*rule.cuts, strict=True))
-        user_Q, time_Q, until_Q = np.repeat(user_Q, len(at_C)), np.tile(at_C, len(user_Q)), np.tile(until_C, len(user_Q))
+        time_Q, until_Q = np.tile(at_C, len(user_Q)), np.tile(until_C, len(user_Q))
+        user_Q = np.repeat(user_Q, len(at_C))
     row_QT, event_QT, count_Q, history_end_Q, future_end_Q, distinct_Q = _triggers(
         shard.offset_U, shard.length_U, shard.item_row_E, shard.timestamp_ms_E, shard.is_effective_E, is_future_E,
         user_Q, time_Q, until_Q, rule.triggers, rule.effective_only, rule.min_future)

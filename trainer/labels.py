@@ -1,0 +1,411 @@
+"""Training labels: what replay says of every trigger and channel, as files that the router is trained from.
+
+    labels/
+      manifest.json           channels in order, windows, and for each window the scales and counts (below)
+      part-00000.parquet      one row a trigger, in the order of trigger_requests of shard 0
+      window=50/part-*.parquet    the same with another future window W, where router.models asks for one
+
+A row: request_id, user_id, request_time_ms, trigger_item_id int64, position int32 (1 the latest), and for each channel,
+as fixed-size lists in the order of the manifest: reward float64 (seconds, whole milliseconds), intensity float32, label
+bool, uniqueness float32.
+
+Two passes over the shards, each shard by itself. The first one replays: it writes forward values in milliseconds and
+counts, all of them whole numbers that add up in any order. The counts give the scales, so these do not depend on how
+the users are sharded. The second one writes the parts.
+
+    s_c    replay.scale_s, else the mean of the positive forward values
+    tau_c  replay.tau_s, else their lower quantile: the least of them that at least the share tau_quantile of them does
+           not exceed. It is exact: the first pass counts values by their high bits, one more pass over the forward
+           values counts the low 16 bits of those with the quantile's high bits.
+    eta    replay.eta, else the lower median of rho over all triggers and channels whose list is not empty; exact, from
+           the counts of (|U|, |R|)
+
+Shape suffixes: T = triggers, C = channels, W = windows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.errors import InputError
+from configs.schema import Config, ReplayConfig
+from embeddings.snapshots import read_manifest
+from trainer.neighbors import ChannelSnapshots
+from trainer.replay import rewards_ms, unique_counts, unique_share
+from trainer.sequences import SequenceStore, whole_file
+from trainer.triggers import RequestRule, TriggerRequests, is_future_view, is_routing_test_user, trigger_requests
+
+FORMAT = 1  # of the labels folder
+LOW_BITS = 16  # of a forward value in ms: a bin of the first pass is 65.5 s wide
+ROW_GROUP = 131_072
+LISTS = {"reward": pa.float64(), "intensity": pa.float32(), "label": pa.bool_(), "uniqueness": pa.float32()}
+PLAIN = ("request_id", "user_id", "request_time_ms", "trigger_item_id", "position")
+
+
+def label_windows(config: Config) -> list[int]:
+    """The windows that labels are made for: replay.window first, then the others that routers ask for."""
+    others = {model.window for model in config.router.models if model.window is not None} - {config.replay.window}
+    return [config.replay.window, *sorted(others)]
+
+
+# ---------------------------------------------------------------------------------------------------- the first pass
+
+def replay_shard(store: SequenceStore, number: int, rule: RequestRule, config: Config, snapshots: ChannelSnapshots,
+                 folder: Path) -> None:
+    """Replay the requests of a shard: `<folder>/replay-<number>.npz` and its counts, `counts-<number>.json`."""
+    shard = store.open(number)
+    requests = trigger_requests(shard, number, rule, config)
+    windows, request_T = label_windows(config), requests.request_T
+    reward_ms_WTC = rewards_ms(shard, requests, is_future_view(shard, rule), snapshots, windows,
+                               config.replay.null_watch_s)
+    unique_TC, length_TC = unique_counts(requests, snapshots)
+    columns = {"request_id": requests.request_id_R[request_T], "user_id": requests.user_id_R[request_T],
+               "request_time_ms": requests.time_ms_R[request_T],
+               "trigger_item_id": store.vocabulary.ids_of(requests.trigger_row_T), "position": requests.position_T,
+               "reward_ms": reward_ms_WTC, "unique": unique_TC, "length": length_TC}
+    counts = LabelCounts.of(requests, reward_ms_WTC, unique_TC, length_TC)
+    whole_file(folder / f"replay-{number:05d}.npz", lambda path: _save(path, columns))
+    whole_file(folder / f"counts-{number:05d}.json", lambda path: path.write_text(json.dumps(counts.as_json())))
+
+
+def _save(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # np.savez would add a suffix to the name
+        np.savez(file, **columns)
+
+
+@dataclass
+class LabelCounts:
+    """Whole numbers that add up over shards.
+
+    positive, sum_ms: for each window and channel (W, C), forward values above 0 and their sum. high: for each window
+    and channel, the positive values by value >> LOW_BITS. lists: for each channel, triggers by (|U|, |R|), empty lists
+    aside.
+    """
+
+    requests: int
+    triggers: int
+    positive: list[list[int]]
+    sum_ms: list[list[int]]
+    high: list[list[dict[int, int]]]
+    lists: list[dict[tuple[int, int], int]]
+
+    @classmethod
+    def none(cls, windows: int, channels: int) -> LabelCounts:
+        return cls(0, 0, *([[0] * channels for _ in range(windows)] for _ in range(2)),
+                   [[{} for _ in range(channels)] for _ in range(windows)], [{} for _ in range(channels)])
+
+    @classmethod
+    def of(cls, requests: TriggerRequests, reward_ms_WTC: np.ndarray, unique_TC: np.ndarray, length_TC: np.ndarray
+           ) -> LabelCounts:
+        high = [[_counts(reward_TC[:, c][reward_TC[:, c] > 0] >> LOW_BITS) for c in range(reward_TC.shape[1])]
+                for reward_TC in reward_ms_WTC]
+        lists = []
+        for unique_T, length_T in zip(unique_TC.T, length_TC.T, strict=True):
+            pair, count = np.unique(np.stack([unique_T, length_T])[:, length_T > 0], axis=1, return_counts=True)
+            lists.append({(int(u), int(n)): int(k) for (u, n), k in zip(pair.T, count, strict=True)})
+        return cls(len(requests), len(requests.trigger_row_T), (reward_ms_WTC > 0).sum(axis=1).tolist(),
+                   reward_ms_WTC.sum(axis=1).tolist(), high, lists)
+
+    def add(self, other: LabelCounts) -> None:
+        self.requests += other.requests
+        self.triggers += other.triggers
+        for name in ("positive", "sum_ms"):
+            for mine, more in zip(getattr(self, name), getattr(other, name), strict=True):
+                mine[:] = [a + b for a, b in zip(mine, more, strict=True)]
+        for mine, more in zip([one for w in self.high for one in w] + self.lists,
+                              [one for w in other.high for one in w] + other.lists, strict=True):
+            for key, count in more.items():
+                mine[key] = mine.get(key, 0) + count
+
+    def as_json(self) -> dict:
+        return {**self.__dict__, "high": [[sorted(one.items()) for one in w] for w in self.high],
+                "lists": [sorted([u, n, k] for (u, n), k in one.items()) for one in self.lists]}
+
+    @classmethod
+    def from_json(cls, read: dict) -> LabelCounts:
+        return cls(**{**read, "high": [[dict(map(tuple, one)) for one in w] for w in read["high"]],
+                      "lists": [{(u, n): k for u, n, k in one} for one in read["lists"]]})
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    found, count = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), count.tolist(), strict=True))
+
+
+def merged_counts(folder: Path, shards: int, windows: int, channels: int) -> LabelCounts:
+    """The counts of all shards of the first pass."""
+    total = LabelCounts.none(windows, channels)
+    for number in range(shards):
+        total.add(LabelCounts.from_json(json.loads((folder / f"counts-{number:05d}.json").read_text())))
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------- the scales
+
+@dataclass(frozen=True)
+class Scales:
+    """What turns forward values of a window into labels, by channel: s_c and tau_c in seconds, k_c; eta of Eq. 13."""
+
+    scale_s: list[float]
+    tau_s: list[float]
+    cap: list[float]
+    eta: float
+
+    def intensity(self, reward_ms_TC: np.ndarray) -> np.ndarray:
+        """float32 i_c of Eq. 4."""
+        return np.minimum(reward_ms_TC / 1000 / np.array(self.scale_s), np.array(self.cap)).astype(np.float32)
+
+    def label(self, reward_ms_TC: np.ndarray) -> np.ndarray:
+        """bool y_c of Eq. 5, compared in whole milliseconds."""
+        return reward_ms_TC >= np.rint(1000 * np.array(self.tau_s)).astype(np.int64)
+
+
+def scales_of(counts: LabelCounts, replay: ReplayConfig, folder: Path, shards: int) -> list[Scales]:
+    """The scales of each window, from the counts of the first pass; a channel without any positive value has s_c = 1 s
+    and, where tau_c is a quantile, tau_c = 1 s: none of its labels is true.
+
+    Args:
+        folder: of the first pass; it is read again where tau_c is a quantile.
+    """
+    channels = len(counts.lists)
+    eta = median_uniqueness(counts.lists) if replay.eta is None else replay.eta
+    tau_WC = ([[replay.tau_s] * channels] * len(counts.positive) if replay.tau_s is not None
+              else quantiles_s(counts, replay.tau_quantile, folder, shards))
+    scales = []
+    for positive_C, sum_ms_C, tau_C in zip(counts.positive, counts.sum_ms, tau_WC, strict=True):
+        mean_C = [ms / 1000 / n if n else 1.0 for n, ms in zip(positive_C, sum_ms_C, strict=True)]
+        scales.append(Scales([replay.scale_s] * channels if replay.scale_s is not None else mean_C, list(tau_C),
+                             [replay.cap] * channels, eta))
+    return scales
+
+
+def median_uniqueness(lists: Sequence[Mapping[tuple[int, int], int]]) -> float:
+    """The lower median of rho over triggers of these channels with a list, as the float32 that the labels hold; 1 where
+    there is none."""
+    counts: dict[float, int] = {}
+    for one in lists:
+        for (unique, length), count in one.items():
+            rho = float(unique_share(np.int64(unique), np.int64(length)))
+            counts[rho] = counts.get(rho, 0) + count
+    return float(_lower_quantile(counts, 0.5)) if counts else 1.0
+
+
+def mean_uniqueness(lists: Mapping[tuple[int, int], int]) -> float | None:
+    """Mean rho of a channel over triggers with a list; None where there is none."""
+    total = sum(lists.values())
+    return sum(u / n * k for (u, n), k in lists.items()) / total if total else None
+
+
+def _lower_quantile(counts: Mapping[Any, int], share: float):
+    """The least value that at least this share of the counted ones does not exceed."""
+    values = sorted(counts)
+    below = np.cumsum([counts[value] for value in values])
+    return values[int(np.searchsorted(below, max(1, np.ceil(share * below[-1]))))]
+
+
+def quantiles_s(counts: LabelCounts, share: float, folder: Path, shards: int) -> list[list[float]]:
+    """The lower quantile of the positive forward values of each window and channel, seconds; 1 where there is none."""
+    bins = [[(_lower_quantile(one, share) if one else None) for one in high_C] for high_C in counts.high]
+    low = [[np.zeros(1 << LOW_BITS, np.int64) for _ in high_C] for high_C in counts.high]
+    for number in range(shards):
+        reward_ms_WTC = np.load(folder / f"replay-{number:05d}.npz", allow_pickle=False)["reward_ms"]
+        for w, bins_C in enumerate(bins):
+            for c, bin_ in enumerate(bins_C):
+                if bin_ is not None:
+                    value_T = reward_ms_WTC[w, :, c]
+                    inside = value_T[(value_T > 0) & (value_T >> LOW_BITS == bin_)] & ((1 << LOW_BITS) - 1)
+                    low[w][c] += np.bincount(inside, minlength=1 << LOW_BITS)
+    return [[_value_at(counts.high[w][c], bin_, low[w][c], share) / 1000 for c, bin_ in enumerate(bins_C)]
+            for w, bins_C in enumerate(bins)]
+
+
+def _value_at(high: Mapping[int, int], bin_: int | None, low: np.ndarray, share: float) -> int:
+    if bin_ is None:
+        return 1000
+    wanted = max(1, np.ceil(share * sum(high.values()))) - sum(n for key, n in high.items() if key < bin_)
+    return (bin_ << LOW_BITS) + int(np.searchsorted(np.cumsum(low), wanted))
+
+
+# --------------------------------------------------------------------------------------------------- the second pass
+
+def window_folder(folder: Path, window: int, windows: Sequence[int]) -> Path:
+    """Where the parts of a window lie; the first one's lie at the top."""
+    return folder if window == windows[0] else folder / f"window={window}"
+
+
+def write_part(number: int, folder: Path, into: Path, windows: Sequence[int], scales: Sequence[Scales]) -> None:
+    """Write the parts of one shard, `part-<number>.parquet` for each window, from what the first pass left; and in its
+    folder how many labels are true, `positive-<number>.json`.
+
+    Args:
+        folder: of the first pass. into: the labels folder.
+    """
+    positive_WC = []
+    with np.load(folder / f"replay-{number:05d}.npz", allow_pickle=False) as read:
+        rho_TC = unique_share(read["unique"], read["length"])
+        plain = {name: read[name] for name in PLAIN}
+        for window, scale, reward_ms_TC in zip(windows, scales, read["reward_ms"], strict=True):
+            label_TC = scale.label(reward_ms_TC)
+            positive_WC.append(label_TC.sum(axis=0).tolist())
+            lists = {"reward": reward_ms_TC / 1000, "intensity": scale.intensity(reward_ms_TC), "label": label_TC,
+                     "uniqueness": rho_TC}
+            table = pa.table({**plain, **{name: _fixed(values_TC, LISTS[name]) for name, values_TC in lists.items()}})
+            place = window_folder(into, window, windows)
+            place.mkdir(parents=True, exist_ok=True)
+            whole_file(place / f"part-{number:05d}.parquet",
+                       lambda path, table=table: pq.write_table(table, path, row_group_size=ROW_GROUP,
+                                                                compression="zstd"))
+    whole_file(folder / f"positive-{number:05d}.json", lambda path: path.write_text(json.dumps(positive_WC)))
+
+
+def _fixed(values_TC: np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values_TC).ravel(), kind),
+                                             values_TC.shape[1])
+
+
+def labels_manifest(config: Config, counts: LabelCounts, scales: Sequence[Scales], channels: Sequence[str],
+                    folder: Path, shards: int) -> dict[str, Any]:
+    """What labels/manifest.json says: counts, and for each window the scales and how many labels are true; the keys of
+    the first window stand at the top, too.
+
+    Args:
+        folder: of the first pass.
+    """
+    windows = label_windows(config)
+    true_WC = np.zeros((len(windows), len(channels)), np.int64)
+    for number in range(shards):
+        true_WC += np.array(json.loads((folder / f"positive-{number:05d}.json").read_text()))
+    by_window = {}
+    for at, (window, scale) in enumerate(zip(windows, scales, strict=True)):
+        by_window[str(window)] = {
+            "scale_s": scale.scale_s, "cap": scale.cap, "tau_s": scale.tau_s, "eta": scale.eta,
+            "positive_rewards": counts.positive[at], "reward_sum_s": [ms / 1000 for ms in counts.sum_ms[at]],
+            "positive_labels": true_WC[at].tolist()}
+    return {"kind": "labels", "format": FORMAT, "channels": list(channels), "shards": shards, "windows": windows,
+            "window": windows[0], **by_window[str(windows[0])], "requests": counts.requests, "rows": counts.triggers,
+            "by_window": by_window, "uniqueness_mean": [mean_uniqueness(one) for one in counts.lists],
+            "uniqueness_median": [median_uniqueness([one]) if one else None for one in counts.lists],
+            "empty_lists": [counts.triggers - sum(one.values()) for one in counts.lists],
+            "null_watch_s": config.replay.null_watch_s}
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+@dataclass(frozen=True)
+class ShardLabels:
+    """The labels of a shard, in the order of its requests' triggers.
+
+    request_id_T int64, position_T int32, reward_ms_TC int64, intensity_TC float32, label_TC bool, uniqueness_TC
+    float32.
+    """
+
+    request_id_T: np.ndarray
+    position_T: np.ndarray
+    reward_ms_TC: np.ndarray
+    intensity_TC: np.ndarray
+    label_TC: np.ndarray
+    uniqueness_TC: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.request_id_T)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Published labels of one window. channels: their order. scales: s_c, tau_c, k_c and eta. shards: parts."""
+
+    folder: Path
+    manifest: dict
+    window: int
+    channels: tuple[str, ...]
+    scales: Scales
+    shards: int
+
+    @classmethod
+    def open(cls, folder: Path, window: int | None = None) -> Labels:
+        """Open a labels folder, or its window=<W> folder.
+
+        Args:
+            window: W; None takes replay.window's, or the one of the folder.
+
+        Raises:
+            InputError: there are no labels, or none of this window.
+        """
+        folder = Path(folder)
+        named = re.fullmatch(r"window=(\d+)", folder.name)
+        if named:
+            folder, window = folder.parent, int(named[1]) if window is None else window
+        if not (folder / "manifest.json").exists():
+            raise InputError(f"{folder}: no labels there. Run watchtower replay first.")
+        manifest = read_manifest(folder)
+        window = manifest["window"] if window is None else window
+        if window not in manifest["windows"]:
+            raise InputError(f"{folder}: has labels of the windows {manifest['windows']}, not of {window}. Run "
+                             "watchtower replay with router.models that ask for it, or with replay.window.")
+        facts = manifest["by_window"][str(window)]
+        scales = Scales(facts["scale_s"], facts["tau_s"], facts["cap"], facts["eta"])
+        return cls(window_folder(folder, window, manifest["windows"]), manifest, window, tuple(manifest["channels"]),
+                   scales, manifest["shards"])
+
+    def shard(self, number: int, requests: TriggerRequests | None = None) -> ShardLabels:
+        """The labels of one shard.
+
+        Args:
+            requests: of trigger_requests of that shard (training side); the rows are then checked against them.
+
+        Raises:
+            InputError: naming the file, if it cannot be read or is not of these requests and this order.
+        """
+        path = self.folder / f"part-{number:05d}.parquet"
+        try:
+            table = pq.read_table(path, columns=["request_id", "position", *LISTS])
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise InputError(f"{path}: cannot be read ({error}). Remove the labels folder and run watchtower replay "
+                             "again.") from error
+        reward_TC, intensity_TC, label_TC, uniqueness_TC = (self._channels(table[name], path) for name in LISTS)
+        found = ShardLabels(table["request_id"].to_numpy(), table["position"].to_numpy(),
+                            np.rint(1000 * reward_TC).astype(np.int64), intensity_TC, label_TC, uniqueness_TC)
+        if requests is not None and not (
+                np.array_equal(found.request_id_T, requests.request_id_R[requests.request_T])
+                and np.array_equal(found.position_T, requests.position_T)):
+            raise InputError(f"{path}: its rows are not the triggers of the training requests of this config and these "
+                             "sequences. Run watchtower replay again.")
+        return found
+
+    def _channels(self, column: pa.ChunkedArray, path: Path) -> np.ndarray:
+        width = len(self.channels)
+        if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
+            raise InputError(f"{path}: has {column.type} where {width} values a row are needed, one for each channel. "
+                             "Run watchtower replay again.")
+        return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+# ------------------------------------------------------------------------------------------- where requests are lost
+
+def requests_left(store: SequenceStore, rule: RequestRule, config: Config) -> dict[str, int]:
+    """How many users and requests of a side are left after each limit, for a message where none are.
+
+    Returns:
+        users, side_users (the users of the side), asked (their candidates: users by cuts, or every k-th effective view
+        of the period), with_triggers (of these with min_triggers), with_future (of these with min_future).
+    """
+    everything = replace(rule, min_triggers=0, min_future=0, per_user=np.iinfo(np.int32).max)
+    limits = {"asked": everything, "with_triggers": replace(everything, min_triggers=rule.min_triggers),
+              "with_future": replace(everything, min_triggers=rule.min_triggers, min_future=rule.min_future)}
+    left = {"users": 0, "side_users": 0, **dict.fromkeys(limits, 0)}
+    for number in range(store.shards):
+        shard = store.open(number)
+        left["users"] += len(shard.user_id_U)
+        left["side_users"] += int((is_routing_test_user(shard.user_id_U, config) == (rule.side == "test")).sum())
+        for name, limit in limits.items():
+            left[name] += len(trigger_requests(shard, number, limit, config))
+    return left
