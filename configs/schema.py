@@ -498,7 +498,7 @@ class RouterConfig(Section):
 
 
 SelectorName = Literal["recent", "watch-time-top", "tag-top", "ltv", "nic", "pdn", "lic", "random", "past-replay",
-                       "oracle", "popular"]
+                       "item-value", "oracle", "popular"]
 
 
 class RoutingConfig(Section):
@@ -511,7 +511,7 @@ class RoutingConfig(Section):
                                     description="B: triggers that a channel may take for a request")
     selectors: list[SelectorName] = Field(
         default_factory=lambda: ["recent", "watch-time-top", "tag-top", "ltv", "nic", "pdn", "lic", "random",
-                                 "past-replay", "oracle", "popular"], min_length=1,
+                                 "past-replay", "item-value", "oracle", "popular"], min_length=1,
         description="baselines and controls that the routers are judged beside")
     at: list[Positive] = Field(default_factory=lambda: [10, 50, 100, 200, 500, 1000, 2000], min_length=1,
                                description="K: items of each channel's list that count; `all` stands beside them")

@@ -4,10 +4,11 @@
             └─ channels ─ replay ─ router ─ routing ─┘
 
 `evaluate` judges CRM, `routing` CAPTS; a config or a command line that says evaluate means those of the two whose
-towers or routers it asks for. A stage's inputs are the config sections that can change its result, the files that it reads, and the inputs of the
-stages before it, hashed. When it is done, `stages/<stage>.json` in the run folder says for which inputs; as long as
-they are the same and what it wrote is there, it is not done again. How a run is done (workers, threads, logging) is
-no input. A stage that is asked for runs after those that it needs and that are not done yet, and nothing else runs.
+towers or routers it asks for. A stage's inputs are the config sections that can change its result, the files that it
+reads, and the inputs of the stages before it, hashed. When it is done, `stages/<stage>.json` in the run folder says for
+which inputs; as long as they are the same and what it wrote is there, it is not done again. How a run is done (workers,
+threads, logging) is no input. A stage that is asked for runs after those that it needs and that are not done yet, and
+nothing else runs.
 """
 
 from __future__ import annotations

@@ -200,13 +200,15 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
         return verify(target)["fitted"]
     statistics = StatisticsSnapshots(run_dir / "channels", config.channels, store.vocabulary)
     rule = request_rule(config, store.manifest, "train")
-    features, labels, requests_seen = [], [], 0
+    features, labels, keys, requests_seen = [], [], [], 0
     for shard, requests in _fitted(store, rule, config, fitted_users):
         future = future_items(shard, requests, is_future_view(shard, rule), config.replay.window)
         found, label_K = candidates(shard, requests, snapshots, statistics, store.catalogue, NEGATIVE_SHARE,
                                     (future.offset_R1, future.row_V))
         features.append(found.feature_KF)
         labels.append(label_K)
+        key_R = requests.user_id_R * np.int64(1_000_003) + requests.time_ms_R
+        keys.append(np.stack([key_R[found.request_K], found.row_K.astype(np.int64)]))
         requests_seen += len(requests)
         if sum(map(len, labels)) >= FITTED_ROWS:
             break
@@ -215,7 +217,9 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
     if not label_K.any():
         raise InputError("item value: no list of any training request holds a later view of its user; look at "
                          "channels.names and replay.requests (times, min_future)")
-    model, loss = _fit(feature_KF[:FITTED_ROWS], label_K[:FITTED_ROWS], seed=config.routing.seed)
+    # In an order of their own, so that the number of shards changes nothing.
+    order_K = np.lexsort(np.concatenate(keys, axis=1))[:FITTED_ROWS]
+    model, loss = _fit(feature_KF[order_K], label_K[order_K], seed=config.routing.seed)
     fitted = {"requests": requests_seen, "rows": len(label_K), "log_loss": round(loss, 6),
               "positive_share": round(float(label_K.sum() / _weights(label_K).sum()), 6)}
     arrays = {name: value.numpy().copy() for name, value in model.state_dict().items()}

@@ -17,7 +17,9 @@ from typing import Any
 
 from trainer.charts import COLOURS, Dot, Series, bar_chart, dot_chart, line_chart, missing_figure
 from trainer.events import read_events
+from trainer.page import absent, dot_value, is_number, number, section, table, verdict, with_interval
 from trainer.results import write_whole
+from trainer.routing_report import routing_lines, routing_sections
 
 LOSS_POINTS = 150
 STRATEGIES = {
@@ -96,15 +98,16 @@ def write_report(run_dir: str | Path) -> Path:
     name = str(metrics.get("provenance", {}).get("name") or run_dir.name)
     sections = [
         _header(name, metrics.get("provenance", {})),
-        _section("Results", _results(metrics) + _strategy_chart(metrics, slots)),
-        _section("Control", _control(metrics, slots)),
-        _section("What a faithful CRM shows", _checks(metrics)),
-        *([_section("Against the synthetic world", _synthetic(metrics))] if metrics.get("synthetic") else []),
-        _section("Training", _training(curves, slots)),
-        _section("Data", _data(_json(run_dir / "sequences" / "manifest.json"))),
-        _section("Indexes", _indexes(metrics)),
-        _section("Stages", _stages(metrics)),
-        _section("Where the numbers come from", _origin(metrics, run_dir / "config.yaml")),
+        section("Results", _results(metrics) + _strategy_chart(metrics, slots)),
+        section("Control", _control(metrics, slots)),
+        section("What a faithful CRM shows", _checks(metrics)),
+        *([section("Against the synthetic world", _synthetic(metrics))] if metrics.get("synthetic") else []),
+        *routing_sections(metrics),
+        section("Training", _training(curves, slots)),
+        section("Data", _data(_json(run_dir / "sequences" / "manifest.json"))),
+        section("Indexes", _indexes(metrics)),
+        section("Stages", _stages(metrics)),
+        section("Where the numbers come from", _origin(metrics, run_dir / "config.yaml")),
     ]
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} - Watchtower</title>'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -122,19 +125,21 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     """The results for a terminal, at most 110 columns wide: every model and strategy, control curves, checks."""
     k = _length(metrics)
     if k is None:
-        return "no results: nothing was evaluated"
+        return "\n".join(routing_lines(metrics)) or "no results: nothing was evaluated"
     columns = [34, 11, 20, 8, 11, 7, 6]
     lines = [_row(["model", "strategy", f"recall@{k} [95%]", f"ndcg@{k}", "retrieved s", "hit s", "n"], columns)]
     lines.append("-" * len(lines[0]))
     for name, model in metrics["crm"].items():
         for place, (strategy, values) in enumerate(_strategies(model)):
             recall = values.get(f"recall@{k}", {})
-            lines.append(_row([name if place == 0 else "", strategy, _with_interval(recall),
-                               _number(_mean(values, f"ndcg@{k}"), ".3f"),
-                               _number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
-                               _number(_mean(values, f"hit_watch_s@{k}"), ".1f"), str(recall.get("n", "-"))], columns))
+            lines.append(_row([name if place == 0 else "", strategy, with_interval(recall),
+                               number(_mean(values, f"ndcg@{k}"), ".3f"),
+                               number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
+                               number(_mean(values, f"hit_watch_s@{k}"), ".1f"), str(recall.get("n", "-"))], columns))
     lines += ["", *LEGEND]
-    return "\n".join(lines + _curve_lines(metrics) + _check_lines(metrics) + _synthetic_lines(metrics))
+    routing = routing_lines(metrics)
+    return "\n".join(lines + _curve_lines(metrics) + _check_lines(metrics) + _synthetic_lines(metrics)
+                     + ([""] if routing else []) + routing)
 
 
 def training_curves(events: Path) -> dict[str, dict[str, dict[str, list[tuple[float, float]]]]]:
@@ -150,7 +155,7 @@ def training_curves(events: Path) -> dict[str, dict[str, dict[str, list[tuple[fl
             kind, x, y = "validation", event.get("epoch"), _validation_recall(event)
         else:
             continue
-        if _is_number(x) and _is_number(y):
+        if is_number(x) and is_number(y):
             model, _, seed = str(event.get("model", "")).partition("/seed=")
             line = told[kind].setdefault((model, seed), {})
             for later in [step for step in reversed(line) if step >= x]:
@@ -183,7 +188,7 @@ def _header(name: str, provenance: Mapping[str, Any]) -> str:
 def _results(metrics: Mapping[str, Any]) -> str:
     k = _length(metrics)
     if k is None:
-        return _absent("nothing was evaluated")
+        return absent("nothing was evaluated")
     rows = []
     for name, model in metrics["crm"].items():
         strategies = _strategies(model)
@@ -191,13 +196,13 @@ def _results(metrics: Mapping[str, Any]) -> str:
             recall = values.get(f"recall@{k}", {})
             head = f'<th scope="rowgroup" rowspan="{len(strategies)}">{escape(name)}</th>' if place == 0 else ""
             rows.append(f"<tr>{head}<td>{escape(strategy)}</td>" + "".join(f'<td class="n">{cell}</td>' for cell in (
-                escape(_with_interval(recall)), _number(_mean(values, f"ndcg@{k}"), ".3f"),
-                _number(_mean(values, f"hit_rate@{k}"), ".3f"), _number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
-                _number(_mean(values, f"hit_watch_s@{k}"), ".1f"), _number(recall.get("n"), ",d"))) + "</tr>")
+                escape(with_interval(recall)), number(_mean(values, f"ndcg@{k}"), ".3f"),
+                number(_mean(values, f"hit_rate@{k}"), ".3f"), number(_mean(values, f"retrieved_watch_s@{k}"), ".1f"),
+                number(_mean(values, f"hit_watch_s@{k}"), ".1f"), number(recall.get("n"), ",d"))) + "</tr>")
     used = {strategy.split("_")[0] for model in metrics["crm"].values() for strategy, _ in _strategies(model)}
     words = "; ".join(f"<b>{name}</b> {escape(text)}" for name, text in STRATEGIES.items() if name in used)
     return (f'<p class="soft">Means over seeds, with 95% intervals. Conditions: {words}.</p>'
-            + _table(["Model", "Condition", f"Recall@{k} [95%]", f"NDCG@{k}", f"Hit rate@{k}", "Retrieved, s", "Hit, s",
+            + table(["Model", "Condition", f"Recall@{k} [95%]", f"NDCG@{k}", f"Hit rate@{k}", "Retrieved, s", "Hit, s",
                       "Requests"], rows, numbers_from=2))
 
 
@@ -206,7 +211,7 @@ def _strategy_chart(metrics: Mapping[str, Any], slots: Mapping[str, int]) -> str
     if k is None:
         return ""
     names = (f"recall@{k}", f"retrieved_watch_s@{k}")
-    groups = [(model, [Dot(strategy, [_dot_value(values.get(name)) for name in names], slots[model],
+    groups = [(model, [Dot(strategy, [dot_value(values.get(name)) for name in names], slots[model],
                            hollow=strategy == "oracle") for strategy, values in _strategies(result)])
               for model, result in metrics["crm"].items()]
     return dot_chart(
@@ -220,7 +225,7 @@ def _strategy_chart(metrics: Mapping[str, Any], slots: Mapping[str, int]) -> str
 def _control(metrics: Mapping[str, Any], slots: Mapping[str, int]) -> str:
     curves = _curves(metrics)
     if not curves:
-        return _absent("no conditioned model was evaluated along a curve")
+        return absent("no conditioned model was evaluated along a curve")
     fields = [field for curve in curves.values() for field in curve[0]]
     recall = next((field for field in fields if field.startswith("recall@")), "recall@100")
     ticks = sorted({point["condition_s"] for curve in curves.values() for point in curve if point["condition_s"] > 0})
@@ -242,7 +247,7 @@ def _control(metrics: Mapping[str, Any], slots: Mapping[str, int]) -> str:
 def _checks(metrics: Mapping[str, Any]) -> str:
     checks = metrics.get("crm_checks")
     if not checks:
-        return _absent("nothing was evaluated")
+        return absent("nothing was evaluated")
     rows, verdicts = [], []
     for name, models in checks.items():
         if "absent" in models:
@@ -258,17 +263,17 @@ def _checks(metrics: Mapping[str, Any]) -> str:
             rows.append(f'<tr><th scope="row">{escape(check["property"])}</th><td>{escape(model)}</td>'
                         f'<td>{escape(limit)}</td><td>{escape(values)}<br>'
                         f'<span class="soft">{escape(check["note"])}</span></td>'
-                        f"<td>{_verdict(check['ok'], check['floor'])}</td></tr>")
+                        f"<td>{verdict(check['ok'], check['floor'])}</td></tr>")
     judged = [ok for ok in verdicts if ok is not None]
     return (f"<p>{sum(judged)} of {len(judged)} judged properties are reached on every seed. The floors are those of "
             "the KuaiRand part; on other logs they are a yardstick, no verdict.</p>"
-            + _table(["Property", "Model", "Floor", "Value of each seed", "Verdict"], rows))
+            + table(["Property", "Model", "Floor", "Value of each seed", "Verdict"], rows))
 
 
 def _synthetic(metrics: Mapping[str, Any]) -> str:
     synthetic = metrics["synthetic"]
     if "absent" in synthetic:
-        return _absent(synthetic["absent"])
+        return absent(synthetic["absent"])
     k = _length(metrics)
     words = (f"The world that made these logs ranks {synthetic['requests']:,} of the test requests by what it knows. "
              "<b>lasting</b> knows the user and averages over sessions, <b>true</b> knows the session's passing "
@@ -276,20 +281,20 @@ def _synthetic(metrics: Mapping[str, Any]) -> str:
              "unconditioned to that ceiling under the true watch time; a tower that reads sessions well can pass the "
              "first.")
     ceilings = [f'<tr><th scope="row">{escape(state)}</th>' + "".join(
-        f'<td class="n">{escape(_with_interval(strategies.get(name, {}).get(f"recall@{k}", {})))}</td>'
+        f'<td class="n">{escape(with_interval(strategies.get(name, {}).get(f"recall@{k}", {})))}</td>'
         for name in ("none", "oracle")) + "</tr>" for state, strategies in synthetic["ceiling"].items()]
     shares = [f'<tr><th scope="row">{escape(name)}</th><td>{escape(model["unconditioned"])}</td>' + "".join(
-        f'<td class="n">{escape(_with_interval(model["share_of_way"].get(state, {})))}</td>'
+        f'<td class="n">{escape(with_interval(model["share_of_way"].get(state, {})))}</td>'
         for state in synthetic["ceiling"]) + "</tr>" for name, model in synthetic["models"].items()]
     watched = [f'<tr><th scope="row">{escape(name)}</th><td>{escape(strategy)}</td><td class="n">'
-               f'{escape(_with_interval(measured, ".1f"))}</td></tr>' for name, strategy, measured in _watched(metrics)]
+               f'{escape(with_interval(measured, ".1f"))}</td></tr>' for name, strategy, measured in _watched(metrics)]
     return (f'<p class="soft">{words}</p>'
-            + _table(["Ceiling", f"Recall@{k} [95%]", f"Recall@{k}, true watch time [95%]"], ceilings, numbers_from=1)
-            + _table(["Model", "From", *(f"Share of the way, {state} [95%]" for state in synthetic["ceiling"])], shares,
+            + table(["Ceiling", f"Recall@{k} [95%]", f"Recall@{k}, true watch time [95%]"], ceilings, numbers_from=1)
+            + table(["Model", "From", *(f"Share of the way, {state} [95%]" for state in synthetic["ceiling"])], shares,
                      numbers_from=2)
             + f'<p class="soft">What users would have watched of the first {k} that they were given, in seconds an '
               "item: no log can tell, the world can.</p>"
-            + _table(["Model", "Condition", "Would be watched, s [95%]"], watched, numbers_from=2))
+            + table(["Model", "Condition", "Would be watched, s [95%]"], watched, numbers_from=2))
 
 
 def _watched(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -323,7 +328,7 @@ def _training(curves: Mapping[str, Any], slots: Mapping[str, int]) -> str:
 
 def _data(manifest: Mapping[str, Any]) -> str:
     if not manifest:
-        return _absent("there is no sequences/manifest.json")
+        return absent("there is no sequences/manifest.json")
     statistics = manifest.get("statistics") or {}
     days = statistics.get("rows_by_day") or {}
     facts = [(_fact_name(key), _plain_fact(key, value)) for key, value in statistics.items()
@@ -343,7 +348,7 @@ def _quarantine(statistics: Mapping[str, Any]) -> str:
         return '<p class="absent">The manifest does not say what was quarantined.</p>'
     if not reasons:
         return "<p>No row was quarantined.</p>"
-    return _table(["Quarantined because", "Rows"],
+    return table(["Quarantined because", "Rows"],
                   [f'<tr><th scope="row">{escape(reason)}</th><td class="n">{rows:,.0f}</td></tr>'
                    for reason, rows in sorted(reasons.items(), key=lambda item: -item[1])], numbers_from=1)
 
@@ -351,25 +356,25 @@ def _quarantine(statistics: Mapping[str, Any]) -> str:
 def _indexes(metrics: Mapping[str, Any]) -> str:
     indexes = {name: facts for name, facts in metrics.get("index", {}).items() if isinstance(facts, Mapping)}
     if not indexes:
-        return _absent("no index was measured")
+        return absent("no index was measured")
     rows = [f'<tr><th scope="row">{escape(name)}</th>'
-            f'<td class="n">{_number(facts.get("recall_vs_exact"), ".4f")}</td>'
-            f'<td class="n">{_number(facts.get("build_s"), ".2f")}</td>'
-            f'<td class="n">{_number(_over(facts.get("bytes"), 2**20), ".2f")}</td></tr>'
+            f'<td class="n">{number(facts.get("recall_vs_exact"), ".4f")}</td>'
+            f'<td class="n">{number(facts.get("build_s"), ".2f")}</td>'
+            f'<td class="n">{number(_over(facts.get("bytes"), 2**20), ".2f")}</td></tr>'
             for name, facts in indexes.items()]
-    return _table(["Index", "Recall against exact search", "Build, s", "Size, MiB"], rows, numbers_from=1)
+    return table(["Index", "Recall against exact search", "Build, s", "Size, MiB"], rows, numbers_from=1)
 
 
 def _stages(metrics: Mapping[str, Any]) -> str:
     stages = metrics.get("stages")
     if not stages:
-        return _absent("no stage has left its figures")
+        return absent("no stage has left its figures")
     longest = max((stage.get("seconds") or 0 for stage in stages.values()), default=0) or 1
-    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="n">{_number(stage.get("seconds"), ",.1f")}</td>'
+    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="n">{number(stage.get("seconds"), ",.1f")}</td>'
             f'<td><span class="meter" style="width:{220 * (stage.get("seconds") or 0) / longest:.0f}px"></span></td>'
-            f'<td class="n">{_number(stage.get("rows"), ",d")}</td>'
-            f'<td class="n">{_number(stage.get("peak_mib"), ",.0f")}</td></tr>' for name, stage in stages.items()]
-    return _table(["Stage", "Seconds", "", "Rows", "Peak memory, MiB"], rows, numbers_from=1)
+            f'<td class="n">{number(stage.get("rows"), ",d")}</td>'
+            f'<td class="n">{number(stage.get("peak_mib"), ",.0f")}</td></tr>' for name, stage in stages.items()]
+    return table(["Stage", "Seconds", "", "Rows", "Peak memory, MiB"], rows, numbers_from=1)
 
 
 def _origin(metrics: Mapping[str, Any], config: Path) -> str:
@@ -381,29 +386,15 @@ def _origin(metrics: Mapping[str, Any], config: Path) -> str:
                     ("Left out", ", ".join(provenance.get("ignored_evaluations") or []) or None)])
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
     return facts + (f"<details><summary>Resolved config</summary><pre>{escape(text)}</pre></details>" if text
-                    else _absent("there is no config.yaml"))
+                    else absent("there is no config.yaml"))
 
 
 # -------------------------------------------------------------------------------------------------------- small pieces
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _absent(reason: str) -> str:
-    return f'<p class="absent">Not shown: {escape(reason)}.</p>'
-
 
 def _facts(pairs: Iterable[tuple[str, Any]]) -> str:
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in pairs
                    if value not in (None, ""))
     return f'<dl class="facts">{rows}</dl>'
-
-
-def _table(head: Sequence[str], rows: Sequence[str], numbers_from: int | None = None) -> str:
-    cells = "".join(f'<th scope="col"{" class=n" if numbers_from is not None and place >= numbers_from else ""}>'
-                    f"{escape(name)}</th>" for place, name in enumerate(head))
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _strategies(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -420,28 +411,8 @@ def _mean(values: Mapping[str, Any], name: str) -> float | None:
     return (values.get(name) or {}).get("mean")
 
 
-def _number(value: float | None, form: str) -> str:
-    return format(int(value) if form.endswith("d") else value, form) if _is_number(value) else "-"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _over(value: float | None, unit: float) -> float | None:
-    return value / unit if _is_number(value) else None
-
-
-def _with_interval(measured: Mapping[str, Any], form: str = ".3f") -> str:
-    low, high = measured.get("ci95") or (None, None)
-    interval = f" [{low:{form}}, {high:{form}}]" if _is_number(low) and _is_number(high) else ""
-    return _number(measured.get("mean"), form) + interval
-
-
-def _dot_value(measured: Mapping[str, Any] | None) -> tuple[float, float | None, float | None] | None:
-    if not measured or not _is_number(measured.get("mean")):
-        return None
-    return (measured["mean"], *(measured.get("ci95") or (None, None)))
+    return value / unit if is_number(value) else None
 
 
 def _curves(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -451,7 +422,7 @@ def _curves(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _curve_points(curve: Sequence[Mapping[str, Any]], field: str, seed: str | None = None) -> list[tuple[float, float]]:
     values = [(p["condition_s"], (p if seed is None else p["per_seed"].get(seed, {})).get(field)) for p in curve]
-    return [(x, y) for x, y in values if _is_number(y) and x > 0]
+    return [(x, y) for x, y in values if is_number(y) and x > 0]
 
 
 def _binned(lines: Iterable[Sequence[tuple[float, float]]], bins: int | None) -> Iterable[list[tuple[float, float]]]:
@@ -483,12 +454,6 @@ def _validation_recall(event: Mapping[str, Any]) -> float | None:
     return event.get("validation_recall@100", event.get(names[0]) if names else None)
 
 
-def _verdict(ok: bool | None, floor: Any) -> str:
-    if ok is None:
-        return f'<span class="open">{"no floor" if floor is None else "not measured"}</span>'
-    return '<span class="good">✓ reached</span>' if ok else '<span class="bad">✗ not reached</span>'
-
-
 def _check_value(value: Any, form: str) -> str:
     if value is None:
         return "not measured"
@@ -506,9 +471,9 @@ def _fact_name(key: str) -> str:
 
 
 def _plain_fact(key: str, value: Any) -> str:
-    if key.endswith("_ms") and _is_number(value):
+    if key.endswith("_ms") and is_number(value):
         return datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    if key.endswith("_share") and _is_number(value):
+    if key.endswith("_share") and is_number(value):
         return f"{value:.1%}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else (
         f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -531,7 +496,7 @@ def _curve_lines(metrics: Mapping[str, Any]) -> list[str]:
     for name, curve in curves.items():
         at = {point["condition_s"]: point["retrieved_watch_s"] for point in curve}
         name = name if len(name) <= widths[0] else name[:widths[0] - 3] + "..."
-        lines.append(f"{name:<{widths[0]}}" + "".join(f"{_number(at.get(c), '.1f'):>12}" for c in asked))
+        lines.append(f"{name:<{widths[0]}}" + "".join(f"{number(at.get(c), '.1f'):>12}" for c in asked))
     return lines
 
 
@@ -552,12 +517,12 @@ def _synthetic_lines(metrics: Mapping[str, Any]) -> list[str]:
     k = _length(metrics)
     lines = ["", f"recall@{k} of what the synthetic world knows, without and with the true watch time:"]
     for state, strategies in synthetic["ceiling"].items():
-        recall = [_number(_mean(strategies.get(name, {}), f"recall@{k}"), ".3f") for name in ("none", "oracle")]
+        recall = [number(_mean(strategies.get(name, {}), f"recall@{k}"), ".3f") for name in ("none", "oracle")]
         lines.append(f"  {state + ' state':<34}" + "".join(f"{value:>8}" for value in recall))
     states = list(synthetic["ceiling"])
     if synthetic["models"]:
         lines.append(f"share of the way from unconditioned to there ({', '.join(states)}):")
-        lines += [f"  {name:<34}" + "".join(f"{_number(_mean(model['share_of_way'], state), '.0%'):>8}"
+        lines += [f"  {name:<34}" + "".join(f"{number(_mean(model['share_of_way'], state), '.0%'):>8}"
                                             for state in states) for name, model in synthetic["models"].items()]
     best: dict[str, tuple[float, str]] = {}
     for name, strategy, measured in _watched(metrics):

@@ -141,7 +141,7 @@ def assemble(run_dir: str | Path, config: Config) -> dict[str, Any]:
 
     Returns:
         Plain objects in the shape of docs/architecture.md: crm, crm_gains, crm_checks, training, index, stages,
-        provenance. Undefined numbers are None.
+        provenance, and routing where it was judged. Undefined numbers are None.
 
     Raises:
         WatchtowerError: if an evaluation folder is incomplete or damaged.
@@ -156,6 +156,9 @@ def assemble(run_dir: str | Path, config: Config) -> dict[str, Any]:
         "provenance": provenance(config) | {"ignored_evaluations": ignored},
     }
     metrics["crm_checks"] = crm_checks(metrics, config.crm.models, headline_length(config.evaluate.at))
+    routing = Path(run_dir) / "evaluation" / "routing" / "metrics.json"
+    if routing.exists():  # as the judgement of routing left it (routing_results.py)
+        metrics["routing"] = _read_json(routing)
     return plain(metrics)
 
 

@@ -8,7 +8,10 @@ from made_requests import made_statistics
 
 from configs.schema import Config
 from embeddings.snapshots import publish
+from launch.ingest import SerialExecutor
+from launch.replay import make_labels
 from trainer import item_statistics
+from trainer.item_value import fit_item_value
 from trainer.routing_evaluation import Run
 from trainer.sequences import user_hash
 
@@ -32,6 +35,8 @@ def made_routing_run(folder, shards):
         at = BEGIN_MS + day * DAY_MS - 20 * 60_000
         item_statistics.publish(folder / "channels", at, made_statistics(
             np.random.default_rng(day), run.store.vocabulary.rows, at), run.store.vocabulary, {})
+    make_labels(run.config, folder, SerialExecutor())
+    fit_item_value(run.config, folder, lambda ids: np.ones(len(ids), bool))
     for place, name in enumerate(ROUTERS):
         for seed in (0, 1):
             write_scores(run, name, seed, 10 * place + seed)

@@ -1,0 +1,220 @@
+"""The judgement of routing, spread over the shards of the sequences: every selector, router and control at once.
+
+    fit      each shard's training requests, seen once by every selector that learns
+    judge    each shard's test requests under all selectors, budgets and seeds
+    write    routing/<selector>.parquet, evaluation/routing/metrics.json
+
+A task is a shard and the same plain function under either executor. Results come back in the order of the shards, a few
+ahead at most, so they do not depend on how many workers there are; what this process keeps is one float a request and
+measure (routing.test_requests bounds that).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs.errors import InputError, WatchtowerError
+from configs.schema import Config
+from trainer.results import plain, write_whole
+from trainer.routing_evaluation import (
+    JOINT,
+    Judge,
+    RouterScores,
+    Run,
+    ShardJudgement,
+    Subject,
+    judge_shard,
+    training_part,
+)
+from trainer.routing_results import joined, routing_metrics
+from trainer.selectors import POPULAR, SELECTORS, Selector
+from trainer.triggers import request_hash
+
+
+class Executor(Protocol):
+    """Who runs the tasks."""
+
+    def each(self, task: Callable[[int], Any], shards: int) -> Iterator[Any]:
+        """The task's result for shard 0, 1, ..., in that order."""
+
+
+class SerialExecutor:
+    """All in this process."""
+
+    def each(self, task, shards):
+        for number in range(shards):
+            yield task(number)
+
+
+class RayExecutor:
+    """A Ray task a shard, on the cluster that ray.init has joined. The run folder must be shared.
+
+    Args:
+        ahead: tasks at once, and results that wait for their turn, at most; None: the cluster's CPUs.
+    """
+
+    def __init__(self, ahead: int | None = None):
+        self.ahead = ahead
+
+    def each(self, task, shards):
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_retries=2)(lambda number: task(number))
+        waiting: deque = deque()
+        ahead = self.ahead or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        try:
+            for number in range(shards):
+                if len(waiting) == ahead:
+                    yield ray.get(waiting.popleft())
+                waiting.append(remote.remote(number))
+            while waiting:
+                yield ray.get(waiting.popleft())
+        except ray.exceptions.RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            raise (cause if isinstance(cause, WatchtowerError) else error) from None
+
+
+def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = None) -> dict[str, Any]:
+    """Judge every selector, every trained router and the controls on the test requests.
+
+    Args:
+        executor: None: Ray.
+
+    Returns:
+        rows: judged test requests; absent: what these logs cannot have and why.
+
+    Raises:
+        InputError: no test requests, or no channels or router scores in the run folder.
+    """
+    run_dir, executor = Path(run_dir), executor or RayExecutor(config.ray.ingest_tasks)
+    run = Run(config, run_dir)
+    selectors, absent = make_selectors(run)
+    routers, missing = open_routers(run)
+    absent |= missing
+    _fit(run, selectors, executor)
+    subjects = [Subject(s.name, s.seed, selector=s) for s in selectors] + routers + joint_subjects(run, routers)
+    judged_shards, limit = [], _hash_limit(run, executor)
+    with PickFiles(run_dir / "routing", config) as files:
+        for shard in executor.each(lambda number: judge_shard(Run(config, run_dir), number, subjects, limit),
+                                   run.store.shards):
+            files.add(shard)
+            judged_shards.append(shard)
+    names = Judge(config, tuple(run.snapshots.names)).names
+    if not sum(len(shard.user_id_R) for shard in judged_shards):
+        raise InputError("there is no test request: look at replay.requests (test_cuts, test_min_triggers, "
+                         "test_min_future) and at the test users (split.test_users, routing.test_users)")
+    judged = joined(names, judged_shards)
+    order = [name for name in ("recent", *config.routing.selectors, *(s.name for s in subjects), *absent)]
+    metrics = routing_metrics(judged, config, run.snapshots.names, absent, list(dict.fromkeys(order)))
+    write_whole(run_dir / "evaluation" / "routing" / "metrics.json", _text(metrics))
+    return {"rows": len(judged.user_id_R), "absent": absent}
+
+
+def make_selectors(run: Run) -> tuple[list[Selector], dict[str, str]]:
+    """The selectors of the config, `recent` with them in any case, and which of them these logs cannot have, and why.
+    """
+    config, made, absent = run.config, [], {}
+    for name in dict.fromkeys(["recent", *config.routing.selectors]):
+        if name == POPULAR:
+            continue
+        reason = SELECTORS[name].absent(run.store.catalogue)
+        if reason is not None:
+            absent[name] = reason
+            continue
+        seeds = config.seeds if SELECTORS[name].by_seed else [0]
+        made += [SELECTORS[name](config, run.store.vocabulary.rows, seed) for seed in seeds]
+    return made, absent
+
+
+def open_routers(run: Run) -> tuple[list[Subject], dict[str, str]]:
+    """The routers' scores by model and seed; models without any scores are absent."""
+    found, absent, config = [], {}, run.config
+    for model in config.router.models:
+        if not (run.folder / "evaluation" / "routing" / model.name).is_dir():
+            absent[model.name] = "not trained: there are no scores of it in the run folder"
+            continue
+        found += [Subject(model.name, seed, scores=RouterScores.open(run, model.name, seed, model.diversity))
+                  for seed in config.seeds]
+    return found, absent
+
+
+def joint_subjects(run: Run, routers: Sequence[Subject]) -> list[Subject]:
+    """The first model's joint assignment, for each of its seeds."""
+    first = run.config.router.models[0].name
+    return [Subject(first + JOINT, s.seed, scores=s.scores, joint=True) for s in routers if s.name == first]
+
+
+def _fit(run: Run, selectors: Sequence[Selector], executor: Executor) -> None:
+    """Show every training request to the selectors that learn."""
+    config, folder = run.config, run.folder
+    learning = [s for s in selectors if s.learns]
+    for parts in executor.each(lambda number: training_part(Run(config, folder), number), run.store.shards):
+        for part in parts:
+            for selector in learning:
+                selector.learn(part)
+    for selector in learning:
+        selector.ready()
+
+
+def _hash_limit(run: Run, executor: Executor) -> int | None:
+    """The hash of the last request that is judged, where routing.test_requests takes fewer than there are."""
+    most, config, folder = run.config.routing.test_requests, run.config, run.folder
+    if most is None:
+        return None
+    found = np.concatenate(list(executor.each(
+        lambda number: request_hash(Run(config, folder).requests(number, "test")), run.store.shards)))
+    return int(np.sort(found)[most - 1]) if len(found) > most else None
+
+
+class PickFiles:
+    """routing/<selector>.parquet of every selector, written shard by shard beside their places and renamed at the end.
+
+    The picks are those under the largest budget; a smaller budget's are the first ranks of these (the joint assignment
+    has an order of its own for each budget). The file's metadata says budget and seed.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder, self.budget = folder, max(config.routing.budgets)
+        self.seed = config.seeds[0]
+        self.writers: dict[str, pq.ParquetWriter] = {}
+
+    def __enter__(self) -> PickFiles:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, shard: ShardJudgement) -> None:
+        for name, rows in shard.picks.items():
+            rows = _plain_columns(rows).replace_schema_metadata(
+                {"watchtower.budget": str(self.budget), "watchtower.seed": str(self.seed)})
+            if name not in self.writers:
+                self.writers[name] = pq.ParquetWriter(self._beside(name), rows.schema)
+            self.writers[name].write_table(rows)
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f".{name}.parquet.tmp"
+
+    def __exit__(self, failed, *_) -> None:
+        for name, writer in self.writers.items():
+            writer.close()
+            if failed is None:
+                self._beside(name).replace(self.folder / f"{name}.parquet")
+            else:
+                self._beside(name).unlink(missing_ok=True)
+
+
+def _plain_columns(rows: pa.Table) -> pa.Table:
+    """With the channel as a string, which Parquet keeps as a dictionary by itself."""
+    at = rows.column_names.index("channel")
+    return rows.set_column(at, "channel", rows["channel"].cast(pa.string()))
+
+
+def _text(metrics: dict[str, Any]) -> str:
+    return json.dumps(plain(metrics), indent=1, allow_nan=False, ensure_ascii=False) + "\n"

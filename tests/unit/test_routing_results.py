@@ -1,0 +1,173 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from made_replay import NAMES
+from made_routing import AT, made_routing_run, routing_config, write_scores
+
+from configs.errors import InputError
+from launch.routing import SerialExecutor, evaluate_routing
+from trainer.metrics import paired_ci, paired_cis
+from trainer.report import results_table, write_report
+from trainer.results import value_at, write_metrics
+from trainer.routing import NONE, top_picks
+from trainer.routing_evaluation import Run, band_names
+from trainer.routing_results import in_words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = made_routing_run(tmp_path_factory.mktemp("routing") / "run", 3)
+    evaluate_routing(routing_config(folder), folder, SerialExecutor())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metrics(folder):
+    return {"routing": json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text())}
+
+
+def naive_recall(block, r, orders, budget, k, wanted):
+    """Recall of one request with sets; orders are each channel's triggers, the best first."""
+    begin, union = block.table.requests.trigger_offset_R1[r], set()
+    for c, order in enumerate(orders):
+        ranked = []
+        for place in range(block.list_TCL.shape[2]):
+            for t in order[:budget]:
+                item = int(block.list_TCL[begin + t, c, place])
+                if item and item not in ranked:
+                    ranked.append(item)
+        union |= set(ranked[:k])
+    return len(union & wanted) / len(wanted)
+
+
+def by_score(score_N):
+    return sorted(range(len(score_N)), key=lambda t: (-score_N[t], t))
+
+
+def test_recall_equals_sets(folder, metrics):
+    """`recent` and a router, from the published scores and lists alone."""
+    run = Run(routing_config(folder), folder)
+    rows = pq.read_table(folder / "evaluation/routing/capts/seed=1/scores.parquet").to_pandas()
+    recent, router = {1: [], 10: []}, {1: [], 10: []}
+    for number in range(run.store.shards):
+        shard = run.store.open(number)
+        for part, block in run.blocks(number, run.requests(number, "test"), "test"):
+            for r in range(len(part)):
+                views = [e for e in range(part.history_end_R[r], part.future_end_R[r]) if shard.watch_time_s_E[e] >= 2]
+                wanted = {int(shard.item_row_E[e]) for e in views[:run.config.replay.window]}
+                mine = rows[rows.request_id == part.request_id_R[r]].sort_values("position")
+                score_NC = np.stack(mine.value).astype(float) + 0.1 * np.stack(mine.uniqueness).astype(float)
+                for k in (1, 10):
+                    recent[k].append(naive_recall(block, r, [range(len(mine))] * len(NAMES), 2, k, wanted))
+                    router[k].append(naive_recall(block, r, [by_score(s) for s in score_NC.T], 2, k, wanted))
+    for k in (1, 10):
+        np.testing.assert_allclose(value_at(metrics, f"routing.recent.budget=2.overall.recall@{k}"), np.mean(recent[k]),
+                                   rtol=1e-6)
+        own = metrics["routing"]["capts"]["budget=2"]["overall"][f"recall@{k}"]
+        np.testing.assert_allclose(own["per_seed"]["1"], np.mean(router[k]), rtol=1e-6)
+        assert own["n"] == len(router[k]) and own["ci95"][0] <= own["mean"] <= own["ci95"][1]
+
+
+def test_shards_change_nothing(metrics, tmp_path):
+    other = made_routing_run(tmp_path / "run", 1)
+    evaluate_routing(routing_config(other), other, SerialExecutor())
+    again = {"routing": json.loads((other / "evaluation" / "routing" / "metrics.json").read_text())}
+    names = [name for name, value in metrics["routing"].items() if isinstance(value, dict) and "budget=2" in value]
+    assert {"recent", "random", "popular", "oracle", "pdn", "lic", "capts", "capts-joint"} <= set(names)
+    for name in names:
+        for k in [*AT, "all"]:
+            path = f"routing.{name}.budget=4.overall.recall@{k}"
+            assert value_at(metrics, path) == pytest.approx(value_at(again, path), rel=1e-6), path
+
+
+def test_structure_and_order(metrics):
+    routing = metrics["routing"]
+    overall = routing["capts"]["budget=4"]["overall"]
+    for k in [*AT, "all"]:
+        assert {f"recall@{k}", f"gain_over_recent@{k}", f"gain_over_past-replay@{k}",
+                f"gain_over_best_baseline@{k}"} <= set(overall)
+        assert {f"recall@{k}", f"uniq@{k}"} <= set(routing["capts"]["budget=4"]["swing"])
+    values = [overall[f"recall@{k}"]["mean"] for k in [*AT, "all"]]
+    assert values == sorted(values)
+    uncut = [routing["oracle"][f"budget={b}"]["overall"]["recall@all"]["mean"] for b in (2, 4)]
+    assert uncut[0] <= uncut[1]
+    bands = [overall[f"recall_from.{band}"]["mean"] for band in band_names(9)]
+    assert sum(bands) == pytest.approx(overall["recall@all"]["mean"], rel=1e-5)
+    assert set(overall["window=3"]) == {"recall@10", "recall@all"}
+    assert overall["window=12"]["recall@all"] == overall["recall@all"]
+    assert routing["tag-top"] == {"absent": "the catalogue has no tags"}
+    assert routing["recent"]["budget=2"]["overall"]["trigger_overlap"]["mean"] == 1.0
+    assert "gain_over_recent@1" not in routing["recent"]["budget=2"]["overall"]
+    assert value_at(metrics, "routing.capts-joint.budget=2.swing.recall@3") is not None
+    assert routing["checks"]["over_past_replay_all"]["ok"] in (True, False)
+    assert "absent" in routing["checks"]["over_recent_50"]
+
+
+def test_pick_files_hold_the_largest_budget(folder):
+    run = Run(routing_config(folder), folder)
+    rows = pq.read_table(folder / "routing" / "oracle.parquet")
+    assert rows.column_names == ["request_id", "channel", "rank", "trigger_item_id", "score"]
+    assert rows.schema.metadata[b"watchtower.budget"] == b"4"
+    wanted = []
+    for number in range(run.store.shards):
+        for part, block in run.blocks(number, run.requests(number, "test"), "test"):
+            pick_RCB = top_picks(block.reward_ms_TC, part.trigger_offset_R1, 4)
+            wanted += [(int(part.request_id_R[r]), NAMES[c], b + 1,
+                        int(run.store.vocabulary.ids_of(part.trigger_row_T[[t]])[0]))
+                       for (r, c, b), t in np.ndenumerate(pick_RCB) if t != NONE]
+    got = zip(*(rows[name].to_pylist() for name in rows.column_names[:4]), strict=True)
+    assert sorted(got) == sorted(wanted)
+    assert not list((folder / "routing").glob(".*"))
+
+
+def test_limit_takes_the_requests_of_least_hash(folder, tmp_path, metrics):
+    most = metrics["routing"]["requests"]["n"] // 2
+    config = routing_config(folder, test_requests=most, selectors=["recent", "oracle"])
+    assert evaluate_routing(config, folder, SerialExecutor())["rows"] == most
+    evaluate_routing(routing_config(folder), folder, SerialExecutor())
+
+
+def test_scores_that_do_not_fit_are_named(folder, tmp_path):
+    run = Run(routing_config(folder), folder)
+    table = pq.read_table(folder / "evaluation/routing/capts/seed=0/scores.parquet")
+    path = folder / "evaluation/routing/capts/seed=0/scores.parquet"
+    pq.write_table(table.slice(3), path)
+    with pytest.raises(InputError, match="train router again"):
+        evaluate_routing(routing_config(folder), folder, SerialExecutor())
+    write_scores(run, "capts", 0, 0)
+    with pytest.raises(InputError, match="no scores of the router"):
+        evaluate_routing(routing_config(folder, seeds=[0, 7]), folder, SerialExecutor())
+    assert not list((folder / "routing").glob(".*"))
+
+
+def test_routers_that_were_not_trained_are_absent(folder, metrics):
+    config = routing_config(folder, routers=["other"], selectors=["recent", "oracle"])
+    assert evaluate_routing(config, folder, SerialExecutor())["absent"].keys() == {"other"}
+    (folder / "evaluation" / "routing" / "metrics.json").write_text(json.dumps(metrics["routing"]))
+
+
+def test_report_and_terminal(folder, metrics):
+    write_metrics(folder, metrics)
+    page = write_report(folder).read_text()
+    for word in ("Which triggers seed which channel", "capts-joint", "not known to us", "the catalogue has no tags",
+                 "Ablations", "way to the oracle", "the paper"):
+        assert word in page
+    text = results_table(metrics)
+    assert len(text.splitlines()) <= 20 and max(map(len, text.splitlines())) <= 110
+    assert "capts-joint" in text and "absent: tag-top" in text
+
+
+def test_words_of_an_interval():
+    assert in_words(0.01, 0.2) == "a gain" and in_words(-0.2, -0.1) == "a loss"
+    assert in_words(-0.1, 0.1).startswith("not there") and in_words(None, 1.0) == "not measured"
+
+
+def test_many_paired_intervals_equal_single_ones():
+    rng = np.random.default_rng(0)
+    a, b, user = rng.random((3, 2, 40)), rng.random((3, 1, 40)), rng.integers(0, 9, 40)
+    a[0, 0, 3] = np.nan
+    many = paired_cis(a, b, user, 50, 1)
+    for place in range(3):
+        np.testing.assert_allclose(many[place], paired_ci(a[place], b[place], user, 50, 1))
