@@ -141,12 +141,14 @@ def _worker_run(data, model, rank, workers, store, folder):
     import torch.distributed as dist
 
     from trainer import loop
+    from trainer.crm_task import CrmTask
     from trainer.workers import Workers
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
     plan = data.plan(model, 0, 0, data.slices[0])
-    running, position = loop._start(data, model, 0, Workers.joined(torch.device("cpu")), lambda *_, **__: None,
-                                    folder / "checkpoints" / Path(store).name, [plan])
+    task = CrmTask(data, model, 0)
+    task.folder = folder / "checkpoints" / Path(store).name
+    running, position = loop._start(task, [plan], Workers.joined(torch.device("cpu")), lambda *_, **__: None)
     running.engine.train()
     position.global_step = data.config.train.warmup_steps
 

@@ -1,8 +1,8 @@
-"""The CRM stage as one Ray Train group: every model, every seed, trained and judged by the same workers.
+"""What is trained, each as one Ray Train group: CRM's towers, the tower of the embedding channel, the routers.
 
-A group costs 20 s to start, so the whole list of models shares one. The workers' own function is in this file; what
-it calls knows nothing of Ray. A worker that is lost restarts the group, which passes over what is already judged and
-goes on from the newest checkpoint of the rest.
+A group costs 20 s to start, so a whole list of models and seeds shares one. The workers' own functions are in this
+file; what they call knows nothing of Ray. A worker that is lost restarts the group, which passes over what is already
+judged or scored and goes on from the newest checkpoint of the rest.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import datetime
 import errno
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 
+CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
 
 
 def train_crm(config: Config, run_dir: Path) -> dict[str, Any]:
     """Trains and judges all models, then writes metrics.json."""
-    return _run_group(config, run_dir)
+    return _run_crm(config, run_dir)
 
 
 def evaluate_crm(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -30,7 +34,22 @@ def evaluate_crm(config: Config, run_dir: Path) -> dict[str, Any]:
     if all(_is_judged(config, run_dir, model.name, seed) for model in config.crm.models for seed in config.seeds):
         write_results(config, run_dir)
         return {}
-    return _run_group(config, run_dir)
+    return _run_crm(config, run_dir)
+
+
+def train_channel_embedding(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Trains the unconditioned tower of the embedding channel, slice by slice: one index for each watermark of the
+    channels, which has seen nothing at or after it.
+
+    Returns:
+        rows, peak_mib, workers_s; indexes: by watermark (ms, a string), the folder of its index below the run folder.
+    """
+    return _run_group(config, run_dir, CHANNEL_EMBEDDING)
+
+
+def train_router(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Trains every router with every seed and scores the triggers of all test requests with each of them."""
+    return _run_group(config, run_dir, "router")
 
 
 def write_results(config: Config, run_dir: Path) -> None:
@@ -46,22 +65,29 @@ def write_results(config: Config, run_dir: Path) -> None:
             {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
 
 
-def _run_group(config: Config, run_dir: Path) -> dict[str, Any]:
+def _run_crm(config: Config, run_dir: Path) -> dict[str, Any]:
+    result = _run_group(config, run_dir, "crm")
+    write_results(config, Path(run_dir).absolute())
+    return result
+
+
+def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
+    """What the workers' function of this name returned, once a group of them has run it."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from launch.local_ray import threads_per_worker
 
     run_dir = Path(run_dir).absolute()
-    outcome = run_dir / "stages" / "crm.outcome.json"
+    outcome = _outcome(run_dir, work)
     outcome.unlink(missing_ok=True)
     gpu = wants_gpu(config)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir),
+        train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "work": work,
                            "threads": threads_per_worker(config)},
         scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
-        run_config=RunConfig(name="train", storage_path=str(run_dir / "ray"),
+        run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
                              failure_config=FailureConfig(max_failures=config.train.max_restarts)),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo",
                                  timeout_s=int(config.train.timeout_s)))
@@ -75,8 +101,11 @@ def _run_group(config: Config, run_dir: Path) -> dict[str, Any]:
     found = _told(outcome)
     if found is not None:
         raise found
-    write_results(config, run_dir)
     return json.loads(outcome.read_text())["result"]
+
+
+def _outcome(run_dir: Path, work: str) -> Path:
+    return run_dir / "stages" / f"{work}.outcome.json"
 
 
 def wants_gpu(config: Config) -> bool:
@@ -127,7 +156,7 @@ def _is_judged(config: Config, run_dir: Path, model: str, seed: int, fingerprint
 def _worker(settings: dict[str, Any]) -> None:
     """What every worker runs. An error of ours is told to the driver through a file and ends the group in order."""
     run_dir = Path(settings["run_dir"])
-    outcome = run_dir / "stages" / "crm.outcome.json"
+    outcome = _outcome(run_dir, settings["work"])
     if _told(outcome) is not None:
         return  # a restart after an error that a restart cannot mend
     import ray.train
@@ -137,7 +166,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     rank = ray.train.get_context().get_world_rank()
     try:
-        result = _train_and_judge(config, run_dir)
+        result = _WORK[settings["work"]](config, run_dir)
     except WatchtowerError as error:
         _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, rank)
         raise
@@ -158,47 +187,134 @@ def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     beside.replace(outcome)
 
 
-def _train_and_judge(config: Config, run_dir: Path) -> dict[str, Any]:
-    import ray.train.torch
+@contextmanager
+def _event_log(run_dir: Path, first: bool) -> Iterator[Callable[..., None]]:
+    """write(event, **fields), which does something on the first worker."""
+    from trainer.events import EventLog
 
-    from trainer.ceiling import write_ceiling
-    from trainer.crm_data import CrmData
-    from trainer.evaluate import evaluate_model, evaluate_popular
-    from trainer.events import EventLog, memory_mib
-    from trainer.loop import fingerprint, train_model
-    from trainer.workers import Workers
-
-    workers = Workers.joined(ray.train.torch.get_device())
-    data = CrmData(config, run_dir)
-    events = EventLog(run_dir / "events.jsonl", run_dir / "tensorboard") if workers.first else None
+    events = EventLog(run_dir / "events.jsonl", run_dir / "tensorboard") if first else None
 
     def write(event: str, **fields: Any) -> None:
         if events is not None:
             events.write(event, **fields)
 
+    try:
+        yield write
+    finally:
+        if events is not None:
+            events.close()
+
+
+def _workers():
+    import ray.train.torch
+
+    from trainer.workers import Workers
+
+    return Workers.joined(ray.train.torch.get_device())
+
+
+def _spent(workers, began: datetime.datetime, rows: int) -> dict[str, Any]:
+    from trainer.events import memory_mib
+
+    return {"rows": rows, "peak_mib": max(workers.everybody(memory_mib())),
+            "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds()}
+
+
+def _train_and_judge(config: Config, run_dir: Path) -> dict[str, Any]:
+    from trainer.ceiling import write_ceiling
+    from trainer.crm_data import CrmData
+    from trainer.crm_task import CrmTask, fingerprint
+    from trainer.evaluate import evaluate_model, evaluate_popular
+    from trainer.loop import train
+
+    workers = _workers()
+    data = CrmData(config, run_dir)
+
     def judged(model: str, seed: int, of: str | None = None) -> bool:
         return workers.agree(_is_judged(config, run_dir, model, seed, of))
 
     rows = 0
-    began = datetime.datetime.now(datetime.UTC)
-    write("group", workers=workers.count, device=str(workers.device), training_targets=int(
-        data.statistics.views_N.sum()), validation_requests=len(data.validation), test_requests=len(data.test))
-    summary = {"judged": _judgement(config)}
-    if not len(data.test):
-        write("warning", message="no view to judge: between split.test_start and split.test_end the judged users have "
-                                 "no target view, so metrics.json will hold no measure of retrieval")
-    if not judged("popular", 0, data.requests_fingerprint):
-        evaluate_popular(data, workers, write, summary | {"fingerprint": data.requests_fingerprint})
-    if workers.first:
-        write_ceiling(data, write)
-    for seed in config.seeds:
-        for model in config.crm.models:
-            if judged(model.name, seed, fingerprint(data, model)):
-                continue
-            trained = train_model(data, model, seed, workers, write)
-            evaluate_model(data, model, trained, workers, write, summary)
-            rows += trained.windows
-    if events is not None:
-        events.close()
-    return {"rows": rows, "peak_mib": max(workers.everybody(memory_mib())),
-            "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds()}
+    with _event_log(run_dir, workers.first) as write:
+        began = datetime.datetime.now(datetime.UTC)
+        write("group", workers=workers.count, device=str(workers.device), training_targets=int(
+            data.statistics.views_N.sum()), validation_requests=len(data.validation), test_requests=len(data.test))
+        summary = {"judged": _judgement(config)}
+        if not len(data.test):
+            write("warning", message="no view to judge: between split.test_start and split.test_end the judged users "
+                                     "have no target view, so metrics.json will hold no measure of retrieval")
+        if not judged("popular", 0, data.requests_fingerprint):
+            evaluate_popular(data, workers, write, summary | {"fingerprint": data.requests_fingerprint})
+        if workers.first:
+            write_ceiling(data, write)
+        for seed in config.seeds:
+            for model in config.crm.models:
+                if judged(model.name, seed, fingerprint(data, model)):
+                    continue
+                trained = train(CrmTask(data, model, seed), workers, write)
+                evaluate_model(data, model, trained, workers, write, summary)
+                rows += trained.rows
+    return _spent(workers, began, rows)
+
+
+def _train_channel_embedding(config: Config, run_dir: Path) -> dict[str, Any]:
+    from configs.schema import ModelConfig
+    from trainer.channels import watermarks
+    from trainer.crm_data import CrmData
+    from trainer.crm_task import CrmTask
+    from trainer.loop import train
+    from trainer.sequences import SequenceStore
+
+    workers, channel = _workers(), config.channels.embedding
+    marks = watermarks(config, SequenceStore(run_dir / "sequences").manifest)
+    data = CrmData(config, run_dir, slices=list(zip([None, *marks[:-1]], marks, strict=True)))
+    model = ModelConfig(name=CHANNEL_EMBEDDING, tower=channel.tower, condition="none", epochs=channel.epochs)
+    with _event_log(run_dir, workers.first) as write:
+        began = datetime.datetime.now(datetime.UTC)
+        write("group", workers=workers.count, device=str(workers.device), slices=len(marks),
+              training_targets=int(data.statistics.views_N.sum()))
+        trained = train(CrmTask(data, model, channel.seed), workers, write)
+        if workers.first:
+            _only_indexes(run_dir, run_dir / "indexes" / model.name / f"seed={channel.seed}", trained.results)
+        workers.barrier()
+    # Of the passes over a slice, the last one is in use.
+    return _spent(workers, began, trained.rows) | {
+        "indexes": {str(index.watermark_ms): index.folder for index in trained.results}}
+
+
+def _only_indexes(run_dir: Path, folder: Path, indexes: list[Any]) -> None:
+    """Deletes the indexes of an earlier training: of a watermark the channel takes the newest one, by its step."""
+    from embeddings.snapshots import list_snapshots
+
+    ours = {run_dir / index.folder for index in indexes}
+    for snapshot in list_snapshots(folder):
+        if snapshot.path not in ours:
+            shutil.rmtree(snapshot.path)
+
+
+def _train_routers(config: Config, run_dir: Path) -> dict[str, Any]:
+    from trainer.item_value import fit_item_value
+    from trainer.loop import train
+    from trainer.router_data import RouterData, is_validation_user
+    from trainer.router_task import RouterTask, is_scored, score_test_requests
+
+    workers = _workers()
+    # Routers of all features read it, and so do selectors and the joint assignment of the routing stage.
+    workers.on_first(lambda: fit_item_value(config, run_dir, lambda user_ids: ~is_validation_user(user_ids, config)))
+    data = RouterData(config, run_dir)
+    rows = 0
+    with _event_log(run_dir, workers.first) as write:
+        began = datetime.datetime.now(datetime.UTC)
+        write("group", workers=workers.count, device=str(workers.device), training_requests=int(data.fit_counts.sum()),
+              validation_requests=int(data.validation_counts.sum()))
+        for seed in config.seeds:
+            for model in config.router.models:
+                task = RouterTask(data, model, seed)
+                if workers.agree(is_scored(task)):
+                    continue
+                trained = train(task, workers, write)
+                score_test_requests(task, trained, workers, write)
+                rows += trained.rows
+    return _spent(workers, began, rows)
+
+
+_WORK = {"crm": _train_and_judge, CHANNEL_EMBEDDING: _train_channel_embedding, "router": _train_routers}

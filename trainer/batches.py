@@ -50,7 +50,7 @@ class ItemBatch:
     log_q_U: Tensor
 
     def to(self, device: torch.device) -> ItemBatch:
-        return _moved(self, device)
+        return moved(self, device)
 
 
 @dataclass
@@ -83,19 +83,20 @@ class WindowBatch:
     targets_per_rank: list[int]
 
     def to(self, device: torch.device) -> WindowBatch:
-        return _moved(self, device)
+        return moved(self, device)
 
 
-Moving = TypeVar("Moving", ItemBatch, WindowBatch)
+Moving = TypeVar("Moving")
 
 
-def _moved(batch: Moving, device: torch.device) -> Moving:
+def moved(batch: Moving, device: torch.device) -> Moving:
+    """A batch (a dataclass) with all its tensors on the device."""
     if device.type == "cpu":
         return batch
-    moved = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {name: value.to(device) if isinstance(value, ItemBatch) else value.to(device, non_blocking=True)
-             for name, value in moved.items() if hasattr(value, "to")}
-    return replace(batch, **moved)
+    there = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    there = {name: value.to(device) if isinstance(value, ItemBatch) else value.to(device, non_blocking=True)
+             for name, value in there.items() if hasattr(value, "to")}
+    return replace(batch, **there)
 
 
 class ItemFeatures:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import CrmConfig, ModelConfig
+from configs.schema import CrmConfig, ModelConfig, RouterConfig
 from embeddings.similarity import Similarity
 from embeddings.tables import TableSpec
 from trainer.batches import ItemBatch, WindowBatch
@@ -53,7 +53,7 @@ class FeatureSizes:
                    watch_views=tuple(int(views) for views in watch_views))
 
 
-def table_specs(sizes: FeatureSizes, config: CrmConfig) -> list[TableSpec]:
+def table_specs(sizes: FeatureSizes, config: CrmConfig | RouterConfig) -> list[TableSpec]:
     """The sharded tables: items, authors, tags and the catalogue's categories, all of one width."""
     rows = {"item": sizes.item, "author": sizes.author, "tag": sizes.tag}
     rows |= {f"category_{name}": count for name, count in sizes.categories.items()}

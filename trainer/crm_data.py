@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from trainer.bayes import BayesTerm, duration_bin, item_watch_mean
 from trainer.conditions import WatchBuckets
 from trainer.metrics import watch_histogram
 from trainer.requests import Requests, sample_requests
-from trainer.sequences import SequenceStore, is_test_user, split_times, test_users_identity
+from trainer.sequences import SequenceStore, SplitTimes, is_test_user, split_times, test_users_identity
 from trainer.statistics import TargetStatistics, target_statistics
 from trainer.windows import EpochPlan, TargetViews, WindowRule, count_windows, load_targets
 
@@ -31,23 +31,37 @@ DAY_MS = 86_400_000
 class CrmData:
     """Sequences of a run and everything that is computed from them.
 
+    Args:
+        slices: time slices [begin, end) in ms to train on instead of those of `train.slices`; None is open. Nothing at
+            or after the end of the last one is a target, nothing is validated or judged, and where split.test_users is
+            null those of routing.test_users are held out.
+
     Raises:
-        InputError: if the split leaves no training target.
+        InputError: if the split, or the slices, leave no training target.
     """
 
-    def __init__(self, config: Config, run_dir: Path):
-        self.config, self.run_dir = config, Path(run_dir)
+    def __init__(self, config: Config, run_dir: Path, slices: Sequence[tuple[int | None, int]] | None = None):
+        self.config, self.run_dir, self._slices = config, Path(run_dir), slices
         self.store = SequenceStore(self.run_dir / "sequences")
         self.catalogue = self.store.catalogue
-        self.times = split_times(config, self.store.manifest)
+        self.split = config.split
+        if slices is None:
+            self.times = split_times(config, self.store.manifest)
+        else:
+            self.times = SplitTimes(*[slices[-1][1]] * 3)
+            if config.split.test_users is None:
+                self.split = config.split.model_copy(update={"test_users": config.routing.test_users})
         self.buckets = WatchBuckets(config.crm.condition.buckets, config.crm.condition.max_s)
-        self._test_users = config.split.test_users
+        self._test_users = self.split.test_users
         # A group of shards is open at a time; without more shards than that nothing is read twice.
         self._load = lru_cache(maxsize=max(2, config.train.shuffle_shards + 1))(self._read)
         self._permuted = lru_cache(maxsize=max(2, config.train.shuffle_shards + 1))(
             lambda shard: self._load(shard).permuted(shard, self.times.validation_start_ms))
         self._statistics_until = lru_cache(maxsize=2)(self._count_statistics)
         if not self.statistics.views_N.sum():
+            if slices is not None:
+                raise InputError(f"no target view lies before {slices[-1][1]} ms, the last watermark of the channels: "
+                                 "nothing is there to train on; check data.target and the times of the requests")
             raise InputError("split: no target view lies before split.validation_start "
                              f"({self.times.validation_start_ms} ms); move it, or check data.target")
 
@@ -55,7 +69,7 @@ class CrmData:
         return load_targets(self.store, shard, None if self._test_users is None else self._trainable)
 
     def _trainable(self, user_id_U: np.ndarray) -> np.ndarray:
-        return ~is_test_user(user_id_U, self.config.split)
+        return ~is_test_user(user_id_U, self.split)
 
     def loader(self, model: ModelConfig | None = None) -> Callable[[int], TargetViews]:
         """Shard number to its target views, as this model is trained on them."""
@@ -64,14 +78,19 @@ class CrmData:
     @cached_property
     def requests_fingerprint(self) -> str:
         """What decides which views are targets and requests, whatever the model: the sequences and the split."""
-        split = self.config.split.model_dump(mode="json", exclude={"test_users"})
-        parts = [self.store.manifest["input"]["fingerprint"], split, test_users_identity(self.config.split),
-                 self.config.train.min_history, self.config.train.slices]
+        config = self.config
+        split = config.split.model_dump(mode="json", exclude={"test_users"})
+        parts = [self.store.manifest["input"]["fingerprint"], split, test_users_identity(config.split),
+                 config.train.min_history, config.train.slices]
+        if self._slices is not None:
+            parts = [parts[0], test_users_identity(self.split), config.train.min_history, self._slices]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def slices(self) -> list[tuple[int | None, int]]:
         """The time slices that epochs pass over, [begin, end) in ms. The end is the watermark of what is rebuilt."""
+        if self._slices is not None:
+            return list(self._slices)
         end = self.times.validation_start_ms
         if self.config.train.slices == 1:
             return [(None, end)]
@@ -168,7 +187,7 @@ class CrmData:
         return self._requests(self.times.test_start_ms, self.times.test_end_ms, self.config.evaluate.queries)
 
     def _requests(self, begin_ms: int, end_ms: int, limit: int | None) -> Requests:
-        judged = None if self._test_users is None else lambda user_id_U: is_test_user(user_id_U, self.config.split)
+        judged = None if self._test_users is None else lambda user_id_U: is_test_user(user_id_U, self.split)
         return sample_requests(self._load, self.store.shards, begin_ms, end_ms, judged=judged, limit=limit,
                                future=self.config.evaluate.future, seed=self.config.evaluate.seed)
 

@@ -19,16 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from configs.schema import ModelConfig, bayes_name
 from embeddings.index import ItemIndex
 from embeddings.snapshots import verify
-from trainer import checkpoint
 from trainer.ceiling import expected_watch
 from trainer.conditions import PastWatch, choose, past_watch
 from trainer.crm_data import CrmData
-from trainer.loop import TrainedModel, Write, build_model, fingerprint, precision
+from trainer.crm_task import CrmTask, fingerprint
+from trainer.loop import Trained, Write, load_towers
 from trainer.metrics import control_curve, hit_watch_s, retrieval_metrics, retrieved_watch_s
 from trainer.rebuild import encode_items, encode_requests, publish_index, search_rows
 from trainer.requests import Requests
@@ -42,16 +41,16 @@ first worker; None on the others."""
 CURVE_AT = 100
 
 
-def evaluate_model(data: CrmData, model: ModelConfig, trained: TrainedModel, workers: Workers, write: Write,
+def evaluate_model(data: CrmData, model: ModelConfig, trained: Trained, workers: Workers, write: Write,
                    summary: dict) -> None:
     """Judges a trained model and writes `evaluation/<model>/seed=<s>/`; with `bayes`, a second one. Collective.
 
     `summary` is put into each summary.json: under what it was judged.
     """
-    encode = _load_towers(data, model, trained, workers)
+    encode = load_towers(CrmTask(data, model, trained.seed), Path(trained.checkpoint), workers)
     seed, index_folder = trained.seed, data.run_dir / trained.best.folder
     facts = summary | {
-        "epoch": trained.best.epoch, "train_s": trained.seconds, "windows": trained.windows,
+        "epoch": trained.best.epoch, "train_s": trained.seconds, "windows": trained.rows,
         "step": trained.best.step, "checkpoint": Path(trained.checkpoint).name,
         "fingerprint": fingerprint(data, model), "validation": trained.best.validation,
         "index": {"recall_vs_exact": trained.best.recall_vs_exact, "build_s": trained.best.build_s,
@@ -137,22 +136,6 @@ def _length(data: CrmData) -> int:
 
 def _with_bayes(data: CrmData, query_QD: np.ndarray, condition_Q: np.ndarray) -> np.ndarray:
     return np.concatenate([query_QD, data.bayes.query_dims(condition_Q)], axis=1)
-
-
-def _load_towers(data: CrmData, model: ModelConfig, trained: TrainedModel, workers: Workers):
-    """The towers of the kept checkpoint, without an engine: nothing is trained here."""
-    workers.on_first(lambda: verify(Path(trained.checkpoint)))
-    tables, module = build_model(data, model, trained.seed, workers.device)
-    checkpoint.load_before_engine(Path(trained.checkpoint), tables, module)
-    module.to(workers.device).eval()
-    low = precision(data.config, workers.device) == "bf16"
-
-    def encode(task: str, batch) -> torch.Tensor:
-        features = batch.features if task == "items" else batch.items.features
-        with torch.no_grad(), torch.autocast(workers.device.type, torch.bfloat16, enabled=low):
-            return module(task, batch, tables(features))
-
-    return encode
 
 
 def _open(folder: Path) -> ItemIndex:

@@ -110,7 +110,8 @@ class Run:
 
     def train(self, config, model, stop=None, data=None, seed=0):
         """Trains, or is stopped by the callable `stop(event, fields)` on every worker; returns what came of it."""
-        from trainer.loop import train_model
+        from trainer.crm_task import CrmTask
+        from trainer.loop import train
 
         self.events = []
 
@@ -120,7 +121,7 @@ class Run:
                 raise Stopped
 
         try:
-            return train_model(data or self.data(config), model, seed, self.workers, write)
+            return train(CrmTask(data or self.data(config), model, seed), self.workers, write)
         except Stopped:
             return None
 
@@ -160,8 +161,8 @@ def whole(root, rank, workers):
     trained = run.train(config_of("whole"), TRANSFORMER, data=data)
     plans = [data.plan(TRANSFORMER, 0, epoch, data.slices[0]) for epoch in range(3)]
     return {"whole": run.told() | {
-        "trained": {"best": trained.best.as_json(), "checkpoint": trained.checkpoint, "windows": trained.windows,
-                    "indexes": [index.as_json() for index in trained.indexes]},
+        "trained": {"best": trained.best.as_json(), "checkpoint": trained.checkpoint, "windows": trained.rows,
+                    "indexes": [index.as_json() for index in trained.results]},
         "steps": [plan.steps for plan in plans], "watermark": data.times.validation_start_ms,
         "events": [event for event, _ in run.events]}}
 
@@ -474,13 +475,14 @@ def test_a_run_knows_its_checkpoints_wherever_it_goes_on(tmp_path):
     from types import SimpleNamespace
 
     from trainer.crm_data import CrmData
-    from trainer.loop import fingerprint
+    from trainer.crm_task import fingerprint
 
     def told(model=TRANSFORMER, logs="a", **sections):
         config = config_of("any")
         config = config.model_copy(update={name: getattr(config, name).model_copy(update=changed)
                                            for name, changed in sections.items()})
-        data = SimpleNamespace(config=config, store=SimpleNamespace(manifest={"input": {"fingerprint": logs}}))
+        data = SimpleNamespace(config=config, _slices=None,
+                               store=SimpleNamespace(manifest={"input": {"fingerprint": logs}}))
         data.requests_fingerprint = CrmData.requests_fingerprint.func(data)
         return fingerprint(data, model)
 

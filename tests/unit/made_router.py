@@ -7,7 +7,9 @@ from made_replay import NAMES, config_of, made_run
 from launch.replay import make_labels
 from trainer import item_statistics
 from trainer.item_statistics import count_items
+from trainer.item_value import fit_item_value
 from trainer.neighbors import ChannelSnapshots
+from trainer.router_data import is_validation_user
 from trainer.sequences import SequenceStore
 
 
@@ -20,6 +22,8 @@ def made_router_run(folder, shards=3):
         item_statistics.publish(folder / "channels", snapshot.watermark_ms, count_items(store, snapshot.watermark_ms),
                                 store.vocabulary, {})
     make_labels(config, folder, SimpleNamespace(each=lambda task, numbers: [task(number) for number in numbers]))
-    return config.model_copy(update={
+    config = config.model_copy(update={
         "router": config.router.model_copy(update={"batch_requests": 7, "validation_share": 0.3, "history": 4}),
         "train": config.train.model_copy(update={"shuffle_shards": 2})})
+    fit_item_value(config, folder, lambda user_ids: ~is_validation_user(user_ids, config))
+    return config
