@@ -169,6 +169,8 @@ class TowerConfig(Section):
     hidden: Positive = Field(256, description="width of the hidden layers of the MLPs")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in both towers")
     clock: bool = Field(True, description="hour of day and gap since the last view as features of the request")
+    past_path: bool = Field(
+        False, description="the past also goes to the user vector beside the layers; for many views of each item")
 
     @model_validator(mode="after")
     def _heads_divide(self):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -57,10 +58,13 @@ def usable_cores() -> int:
     return cores
 
 
-def local_cpus(config: Config, cores: int | None = None) -> float:
-    """CPUs that a local Ray is told of: enough for every worker, Ray Data and an index builder at once."""
+def local_cpus(config: Config, cores: int | None = None) -> int:
+    """CPUs that a local Ray is told of: enough for every worker, Ray Data and an index builder at once.
+
+    Whole ones: given a fraction, or 2.0, Ray's node does not start and times out.
+    """
     if config.ray.cpus is not None:
-        return config.ray.cpus
+        return math.ceil(config.ray.cpus)
     return max(usable_cores() if cores is None else cores, config.train.workers + SPARE_CPUS)
 
 

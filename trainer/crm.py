@@ -85,11 +85,11 @@ class CrmModel(nn.Module):
         self.request = RequestEncoder(tower.dim, config.tables.dim, tower.clock, users) if context else None
         if model.tower == "dnn":
             self.user_tower = DnnTower(tower.dim, tower.hidden, tower.dim, watch_views, conditioned, context,
-                                       tower.dropout)
+                                       tower.dropout, tower.past_path)
         else:
             self.user_tower = DecisionTransformerTower(
                 tower.dim, tower.hidden, tower.dim, tower.layers, tower.heads, tower.history + 1, watch_views,
-                conditioned, context, tower.dropout)
+                conditioned, context, tower.dropout, tower.past_path)
 
     def forward(self, task: str, batch, tables: dict[str, Tensor]):
         """task "loss": `(loss, extras)` of a WindowBatch; "items": index vectors of an ItemBatch; "users": query

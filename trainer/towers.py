@@ -176,48 +176,103 @@ class RequestEncoder(nn.Module):
         return torch.stack(parts).sum(dim=0)
 
 
-class DnnTower(nn.Module):
-    """Pools of the past views at several decays, the condition and the request, through an MLP (Eq. 5).
+DECAYS = (1.0, 0.75, 0.0)
+"""Of the pools of the past: its mean, its latest views, its last view."""
 
-    Pool k at position i is sum_j<i decay_k^(i-1-j) x_j over its weights; decay 1 is the mean, decay 0 the last view.
+
+def past_pools(token_VD: Tensor, batch: WindowBatch, decays: Sequence[float] = DECAYS) -> Tensor:
+    """Pool k at position i: sum_j<i decay_k^(i-1-j) x_j over its weights; decay 1 is the mean, decay 0 the last view.
+
+    Returns:
+        float (B * P, pools * D); padding is zero and comes last, so that it is in nobody's past.
+    """
+    windows, positions = batch.windows, batch.positions
+    token_BPD = _unpacked(token_VD, batch.place_V, windows * positions).unflatten(0, (windows, positions))
+    place = torch.arange(positions, device=token_VD.device)
+    ago_PP = place[:, None] - 1 - place[None, :]
+    pools = []
+    for decay in decays:
+        weight_PP = torch.where(ago_PP >= 0, decay ** ago_PP.clamp(min=0).to(token_VD.dtype), 0.0)
+        weight_PP = weight_PP / weight_PP.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        pools.append(torch.matmul(weight_PP, token_BPD))
+    return torch.cat(pools, dim=2).flatten(0, 1)
+
+
+class PastPath(nn.Module):
+    """A way for the past to the user vector beside all layers: linear, as in SLIM and EASE, and times the condition.
+
+    Beside the pools of the views stand the user's interests. Each view is dealt out to K = D of them, and counted:
+
+        r_j = softmax(V x_j)      n_k = sum_j<i r_jk      past_i = [pools; log((n_k + 1) K / (n + K))],  n = sum_k n_k
+        added to u_i:  A past_i + O (P past_i * Q W_i)
+
+    A feed that mixes interests asks for the log of their shares, which sums of tokens cannot give, and how long a user
+    watches an item is a product of the two; layers are slow to learn either. Without a past it adds nothing.
     """
 
-    DECAYS = (1.0, 0.75, 0.0)
+    def __init__(self, dim: int, hidden: int, out_dim: int, conditioned: bool):
+        super().__init__()
+        width = self.width(dim)
+        self.interest = nn.Linear(dim, dim)
+        self.straight = nn.Linear(width, out_dim, bias=False)
+        self.of_past = nn.Linear(width, hidden, bias=False) if conditioned else None
+        self.of_wanted = nn.Linear(dim, hidden, bias=False) if conditioned else None
+        self.product = nn.Linear(hidden, out_dim, bias=False) if conditioned else None
+
+    @staticmethod
+    def width(dim: int) -> int:
+        """Of what is known of the past."""
+        return dim * (len(DECAYS) + 1)
+
+    def known(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
+        """float (R, width), past_i."""
+        place_R = batch.place_V[batch.read_R]
+        share_VK = torch.softmax(self.interest(token_VD), dim=1)
+        share_RK = F.embedding(place_R, past_pools(share_VK, batch, (1.0,)))
+        interests = share_RK.shape[1]
+        views_R1 = (place_R % batch.positions).to(token_VD.dtype)[:, None]
+        counted_RK = torch.log((share_RK * views_R1 + 1.0) * (interests / (views_R1 + interests)))
+        return torch.cat([F.embedding(place_R, past_pools(token_VD, batch)), counted_RK], dim=1)
+
+    def forward(self, past_RE: Tensor, condition_RD: Tensor | None) -> Tensor:
+        """float (R, out_dim), what is added."""
+        added_RD = self.straight(past_RE)
+        if condition_RD is None:
+            return added_RD
+        return added_RD + self.product(self.of_past(past_RE) * self.of_wanted(condition_RD))
+
+
+class DnnTower(nn.Module):
+    """Pools of the past views at several decays, the condition and the request, through an MLP (Eq. 5)."""
 
     def __init__(self, dim: int, hidden: int, out_dim: int, watch_views: Sequence[int], conditioned: bool,
-                 context: bool, dropout: float):
+                 context: bool, dropout: float, past_path: bool):
         super().__init__()
         self.condition = WatchLookup(dim, watch_views) if conditioned else None
-        width = dim * (len(self.DECAYS) + conditioned + context) + 1
+        width = (PastPath.width(dim) if past_path else dim * len(DECAYS)) + dim * (conditioned + context) + 1
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
+        self.past = PastPath(dim, hidden, out_dim, conditioned) if past_path else None
 
     def forward(self, token_VD: Tensor, batch: WindowBatch, context_RD: Tensor | None) -> Tensor:
         """float (R, out_dim)."""
         place_R = batch.place_V[batch.read_R]
         length_R = torch.log1p((place_R % batch.positions).to(token_VD.dtype))
-        columns = [F.embedding(place_R, self._pools(token_VD, batch)), length_R[:, None]]
+        if self.past is None:
+            past_RE = F.embedding(place_R, past_pools(token_VD, batch))
+        else:
+            past_RE = self.past.known(token_VD, batch)
+        columns, condition_RD = [past_RE, length_R[:, None]], None
         if self.condition is not None:
             condition_RD = self.condition(batch.condition_bucket_V[batch.read_R])
             columns.append(condition_RD)
         if context_RD is not None:
             columns.append(context_RD)
         user_RD = self.mlp(torch.cat(columns, dim=1))
+        if self.past is not None:
+            user_RD = user_RD + self.past(past_RE, condition_RD)
         return user_RD if self.condition is None else user_RD + self.shortcut(condition_RD)
-
-    def _pools(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
-        """float (B * P, pools * D); padding is zero and comes last, so that it is in nobody's past."""
-        windows, positions = batch.windows, batch.positions
-        token_BPD = _unpacked(token_VD, batch.place_V, windows * positions).unflatten(0, (windows, positions))
-        place = torch.arange(positions, device=token_VD.device)
-        ago_PP = place[:, None] - 1 - place[None, :]
-        pools = []
-        for decay in self.DECAYS:
-            weight_PP = torch.where(ago_PP >= 0, decay ** ago_PP.clamp(min=0).to(token_VD.dtype), 0.0)
-            weight_PP = weight_PP / weight_PP.sum(dim=1, keepdim=True).clamp(min=1e-9)
-            pools.append(torch.matmul(weight_PP, token_BPD))
-        return torch.cat(pools, dim=2).flatten(0, 1)
 
 
 def _unpacked(packed_VD: Tensor, place_V: Tensor, places: int) -> Tensor:
@@ -268,7 +323,7 @@ class DecisionTransformerTower(nn.Module):
     """
 
     def __init__(self, dim: int, hidden: int, out_dim: int, layers: int, heads: int, positions: int,
-                 watch_views: Sequence[int], conditioned: bool, context: bool, dropout: float):
+                 watch_views: Sequence[int], conditioned: bool, context: bool, dropout: float, past_path: bool):
         super().__init__()
         self.condition = WatchLookup(dim, watch_views) if conditioned else None
         self.start = None if conditioned else nn.Embedding(1, dim)
@@ -278,6 +333,7 @@ class DecisionTransformerTower(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(nn.Linear(dim * (1 + context), hidden), nn.GELU(), nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
+        self.past = PastPath(dim, hidden, out_dim, conditioned) if past_path else None
 
     def forward(self, token_VD: Tensor, batch: WindowBatch, context_RD: Tensor | None) -> Tensor:
         """float (R, out_dim)."""
@@ -289,10 +345,13 @@ class DecisionTransformerTower(nn.Module):
         read_RD = self.norm(read_RD)
         if context_RD is not None:
             read_RD = torch.cat([read_RD, context_RD], dim=1)
-        user_RD = self.head(read_RD)
-        if self.condition is None:
-            return user_RD
-        return user_RD + self.shortcut(self.condition(batch.condition_bucket_V[batch.read_R]))
+        user_RD, condition_RD = self.head(read_RD), None
+        if self.condition is not None:
+            condition_RD = self.condition(batch.condition_bucket_V[batch.read_R])
+            user_RD = user_RD + self.shortcut(condition_RD)
+        if self.past is not None:
+            user_RD = user_RD + self.past(self.past.known(token_VD, batch), condition_RD)
+        return user_RD
 
     def _conditioned(self, token_VD: Tensor, place_VD: Tensor, batch: WindowBatch) -> Tensor:
         """W_i and x_i side by side. The last x of a window is a token that nobody sees."""

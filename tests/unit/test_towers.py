@@ -15,7 +15,7 @@ from trainer.catalogue import UserFeatures
 from trainer.conditions import WatchBuckets
 from trainer.crm import CrmModel, FeatureSizes, table_specs
 from trainer.requests import sample_requests
-from trainer.towers import Dropout, WatchLookup
+from trainer.towers import Dropout, PastPath, WatchLookup, past_pools
 from trainer.windows import BatchRows, WindowRule, cut_windows
 
 ITEMS, HISTORY, DIM = 40, 9, 16
@@ -29,8 +29,9 @@ USERS = UserFeatures(np.arange(0, 200, 2), {"city": np.arange(100, dtype=np.int3
 class Made:
     """A model in eval mode with random tables, and the batches it is asked with."""
 
-    def __init__(self, tower, condition, *, seed=0, users=False, dropout=0.5, **crm):
-        config = {"tower": {"dim": DIM, "history": HISTORY, "layers": 2, "heads": 2, "hidden": 24, "dropout": dropout},
+    def __init__(self, tower, condition, *, seed=0, users=False, dropout=0.5, past_path=False, **crm):
+        config = {"tower": {"dim": DIM, "history": HISTORY, "layers": 2, "heads": 2, "hidden": 24, "dropout": dropout,
+                            "past_path": past_path},
                   "tables": {"dim": 8}, "condition": {"buckets": 20, "max_s": 300.0}}
         crm = CrmConfig(**{**config, **crm})
         sizes = FeatureSizes.of(CATALOGUE, USERS if users else None)
@@ -217,11 +218,11 @@ def test_features_of_a_user_reach_that_users_vectors_alone(tower):
     assert torch.equal(after[~mine], before[~mine]) and ((after - before)[mine].abs().amax(dim=1) > 1e-4).all()
 
 
-def test_the_pools_of_the_mlp_are_weighted_means_of_the_past():
+def test_pools_are_weighted_means_of_the_past():
     made = Made("dnn", "next")
     batch = made.windows(made_views([6, 3], items=ITEMS))
     token_VD = torch.randn(len(batch.place_V), DIM)
-    pools = made.model.user_tower._pools(token_VD, batch).detach()
+    pools = past_pools(token_VD, batch)
     for v, place in enumerate(batch.place_V.tolist()):
         position = place % batch.positions
         for k, decay in enumerate((1.0, 0.75, 0.0)):
@@ -229,6 +230,54 @@ def test_the_pools_of_the_mlp_are_weighted_means_of_the_past():
             past = token_VD[v - position:v]
             wanted = (weight[:, None] * past).sum(0) / weight.sum() if position else torch.zeros(DIM)
             torch.testing.assert_close(pools[place, k * DIM:(k + 1) * DIM], wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_interests_are_counted_over_the_past_and_nothing_is_known_without_one():
+    batch = Made("dnn", "next").windows(made_views([6, 3], items=ITEMS))
+    batch = replace(batch, read_R=torch.arange(len(batch.place_V)))
+    path, token_VD, condition_VD = PastPath(DIM, 7, 5, True), *torch.randn(2, len(batch.place_V), DIM)
+    past_VE = path.known(token_VD, batch)
+    dealt_VK = torch.softmax(path.interest(token_VD), dim=1)
+    for v, place in enumerate(batch.place_V.tolist()):
+        views = place % batch.positions
+        assert views or not past_VE[v].any()
+        counts_K = dealt_VK[v - views:v].sum(dim=0)
+        wanted_K = torch.log((counts_K + 1) / (views + DIM)) + np.log(DIM)
+        torch.testing.assert_close(past_VE[v, -DIM:], wanted_K, rtol=1e-5, atol=1e-5)
+    # Linear in the past, whatever the condition.
+    torch.testing.assert_close(path(3 * past_VE, condition_VD), 3 * path(past_VE, condition_VD))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower, condition", BOTH)
+def test_the_past_goes_past_the_layers_of_both_towers(tower, condition):
+    made = Made(tower, condition, past_path=True)
+    batch, user_tower = made.windows(mixed_views()), made.model.user_tower
+    batch = replace(batch, read_R=torch.arange(len(batch.place_V)))
+    token_VD = made.model.views(made.model.items(batch.items, made.looked_up(batch.items.features)), batch)
+    wanted_VD = None if condition == "none" else user_tower.condition(batch.condition_bucket_V)
+    added_VD = user_tower.past(user_tower.past.known(token_VD, batch), wanted_VD)
+    for layer in (user_tower.mlp if tower == "dnn" else user_tower.head)[-1], user_tower.shortcut:
+        for parameter in [] if layer is None else layer.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(made.at_all(batch), added_VD)
+
+
+@pytest.mark.parametrize("tower, condition", BOTH)
+@pytest.mark.parametrize("field", FIELDS)
+def test_beside_the_layers_no_vector_sees_anything_later_either(tower, condition, field):
+    made = Made(tower, condition, past_path=True)
+    batch = made.windows(mixed_views())
+    position_V = batch.place_V % batch.positions
+    before = made.at_all(batch)
+    for i in (0, 3, 6):
+        later = position_V > i
+        after = made.at_all(changed(batch, field, later, FIELDS[field] or len(batch.items.row_U)))
+        assert torch.equal(after[~later], before[~later])
+        if field in ("item_V", "watch_bucket_V"):  # nor its own view
+            after = made.at_all(changed(batch, field, position_V == i, FIELDS[field] or len(batch.items.row_U)))
+            assert torch.equal(after[position_V <= i], before[position_V <= i])
 
 
 # ------------------------------------------------------------------------------------------------------ in training
