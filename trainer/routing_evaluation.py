@@ -58,7 +58,7 @@ JOINT = "-joint"
 # rest. Items count by their greatest chance: what several channels bring counts once.
 JOINT_LEAST, JOINT_MOST, JOINT_DEPTH = 1.0, 1.0, 10.0
 # How far the router's own view of a list scales the values of its items, and by how much at most.
-JOINT_TRUST, JOINT_FACTOR = 0.5, 4.0
+JOINT_TRUST, JOINT_FACTOR = 0.25, 4.0
 
 
 @dataclass
