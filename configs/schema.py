@@ -355,8 +355,8 @@ class ChannelsConfig(Section):
     rollback_min: Annotated[float, Field(ge=0)] = Field(
         20.0, description="minutes after its watermark from which a snapshot is in use")
     snapshots: Literal["requests", "daily"] | None = Field(
-        None, description="requests: one for each of replay's cuts, its rollback before it; daily: one at the beginning "
-                          "of each day; null: daily where train.slices is or requests are sampled views")
+        None, description="requests: one for each of replay's cuts, its rollback before it; daily: one at the "
+                          "beginning of each day; null: daily where train.slices is or requests are sampled views")
     before_first: Literal["error", "empty"] = Field(
         "error", description="a request before the first snapshot: an error, or empty lists")
     swing: SwingConfig = Field(default_factory=SwingConfig, description="co-viewing, damped for busy users")
@@ -377,8 +377,8 @@ class Cut(Section):
     """One request for every user at one time."""
 
     at: datetime = Field(description="time of the requests, local at data.utc_offset_h")
-    until: datetime | None = Field(None, description="end of their future; null: of all logs, for training requests the "
-                                                     "first test request")
+    until: datetime | None = Field(None, description="end of their future; null: of all logs, for training requests "
+                                                     "the first test request")
 
     @field_validator("at", "until", mode="before")
     @classmethod
@@ -507,7 +507,9 @@ class RoutingConfig(Section):
     """Which triggers each channel takes (Eq. 15), and how selectors are judged."""
 
     assignment: Literal["independent", "joint"] = Field(
-        "independent", description="what serves: top-B per channel, or a greedy pick under the shared quota")
+        "independent", description="what serves (routing/serving.json): top-B per channel, or a greedy pick under the "
+                                   "shared quota; both are measured")
+    joint_shift: Share = Field(0.2, description="joint: share of a channel's B that may go to other channels")
     beta: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of the uniqueness in the score (Eq. 15)")
     budgets: list[Positive] = Field(default_factory=lambda: [5, 10, 20], min_length=1,
                                     description="B: triggers that a channel may take for a request")
@@ -523,7 +525,7 @@ class RoutingConfig(Section):
                                   description="users of the test requests, where split.test_users is null")
     test_requests: Positive | None = Field(None, description="test requests, at most; null: all")
     bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
-    seed: Seed = Field(0, description="seed of the random selector and of the bootstrap")
+    seed: Seed = Field(0, description="seed of the random selector, the item values and the bootstrap")
 
 
 class GatesConfig(Section):

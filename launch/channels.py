@@ -31,7 +31,7 @@ from trainer.co_views import CoViews
 from trainer.neighbors import publish_neighbors
 from trainer.sequences import SequenceStore
 
-STATISTICS_FORMAT = 1
+STATISTICS_FORMAT = 2
 _UNFINISHED = ".co-views."
 
 

@@ -24,6 +24,7 @@ from configs.errors import InputError
 from configs.schema import ChannelsConfig, Config
 from embeddings.snapshots import publish
 from launch.ingest import Executor, RayExecutor, clear_disk_errors
+from trainer.channels import present_channels
 from trainer.events import EventLog
 from trainer.labels import (
     label_windows,
@@ -36,7 +37,7 @@ from trainer.labels import (
 )
 from trainer.neighbors import ChannelSnapshots
 from trainer.sequences import SequenceStore
-from trainer.triggers import RequestRule, request_rule
+from trainer.triggers import RequestRule, request_rule, trigger_requests
 
 PROGRESS_EVERY_S = 3.0
 STAGING = ".replay"  # in the run folder, of which one process at a time has the lock
@@ -71,11 +72,13 @@ def make_labels(config: Config, run_dir: Path | str, executor: Executor, say: Ca
     say = say or (lambda line: None)
     store = SequenceStore(run_dir / "sequences")
     rule, shards = request_rule(config, store.manifest, "train"), list(range(store.shards))
-    channels = ChannelSnapshots(run_dir / "channels", config.channels, store.vocabulary).names  # tells what is missing
+    channels = present_channels(config, store, run_dir / "channels")
+    ChannelSnapshots(run_dir / "channels", config.channels, store.vocabulary, channels)  # tells what is missing
+    _check_test_requests(config, store)
     windows = label_windows(config)
     with clear_disk_errors(run_dir), _staging(run_dir) as staging:
         with _progress(staging, "counts", "replayed", len(shards), say):
-            executor.each(partial(_replay, config, run_dir, rule, staging, uuid.uuid4().hex), shards)
+            executor.each(partial(_replay, config, run_dir, rule, staging, channels, uuid.uuid4().hex), shards)
         counts = merged_counts(staging, len(shards), len(windows), len(channels))
         if counts.requests == 0:
             raise InputError(_why_none(config, rule, requests_left(store, rule, config)))
@@ -94,8 +97,9 @@ def make_labels(config: Config, run_dir: Path | str, executor: Executor, say: Ca
 
 # ------------------------------------------------------------------------------------------------------------- tasks
 
-def _replay(config: Config, run_dir: Path, rule: RequestRule, staging: Path, attempt: str, number: int) -> None:
-    store, snapshots = _opened(config.channels.model_dump_json(), run_dir, attempt)
+def _replay(config: Config, run_dir: Path, rule: RequestRule, staging: Path, channels: list[str], attempt: str,
+            number: int) -> None:
+    store, snapshots = _opened(config.channels.model_dump_json(), tuple(channels), run_dir, attempt)
     replay_shard(store, number, rule, config, snapshots, staging)
 
 
@@ -104,14 +108,29 @@ def _write(staging: Path, windows: list[int], scales: list, number: int) -> None
 
 
 @lru_cache(maxsize=1)
-def _opened(channels: str, run_dir: Path, attempt: str) -> tuple[SequenceStore, ChannelSnapshots]:
+def _opened(config: str, channels: tuple[str, ...], run_dir: Path, attempt: str
+            ) -> tuple[SequenceStore, ChannelSnapshots]:
     """Sequences and channels of a run, opened once in each process and attempt: a worker's tasks share the lists that
     it has read, and another attempt, which may see other channels, does not."""
     store = SequenceStore(run_dir / "sequences")
-    return store, ChannelSnapshots(run_dir / "channels", ChannelsConfig.model_validate_json(channels), store.vocabulary)
+    return store, ChannelSnapshots(run_dir / "channels", ChannelsConfig.model_validate_json(config), store.vocabulary,
+                                   channels)
 
 
 # --------------------------------------------------------------------------------------------------------- the stage
+
+def _check_test_requests(config: Config, store: SequenceStore) -> None:
+    """Raise an `InputError` now, and not after the routers were trained, where nobody could judge them."""
+    rule = request_rule(config, store.manifest, "test")
+    if any(len(trigger_requests(store.open(number), number, rule, config)) for number in range(store.shards)):
+        return
+    left = requests_left(store, rule, config)
+    raise InputError(
+        f"replay: no test request is left. Of {left['users']:,} users, {left['side_users']:,} are test users "
+        f"(split.test_users, routing.test_users) with {left['asked']:,} requests; {left['with_triggers']:,} have "
+        f"{rule.min_triggers} triggers (replay.requests.test_min_triggers) and {left['with_future']:,} of these "
+        f"{rule.min_future} later items (replay.requests.test_min_future). Lower these, or move the test")
+
 
 def _why_none(config: Config, rule: RequestRule, left: dict[str, int]) -> str:
     """What took the training requests away."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,7 +107,7 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
         for shard in executor.each(lambda number: judge_shard(Run(config, run_dir), number, subjects, limit),
                                    run.store.shards):
             files.add(shard)
-            judged_shards.append(shard)
+            judged_shards.append(replace(shard, picks={}))
     names = Judge(config, tuple(run.snapshots.names)).names
     if not sum(len(shard.user_id_R) for shard in judged_shards):
         raise InputError("there is no test request: look at replay.requests (test_cuts, test_min_triggers, "
@@ -114,8 +115,19 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
     judged = joined(names, judged_shards)
     order = [name for name in ("recent", *config.routing.selectors, *(s.name for s in subjects), *absent)]
     metrics = routing_metrics(judged, config, run.snapshots.names, absent, list(dict.fromkeys(order)))
+    metrics["absent_channels"] = {name: {"absent": reason} for name, reason in run.absent_channels.items()}
     write_whole(run_dir / "evaluation" / "routing" / "metrics.json", _text(metrics))
+    _say_what_serves(run, routers)
     return {"rows": len(judged.user_id_R), "absent": absent}
+
+
+def _say_what_serves(run: Run, routers: Sequence[Subject]) -> None:
+    """routing/serving.json: the selector that serves, of which router and seed."""
+    first = run.config.router.models[0].name
+    if any(s.name == first for s in routers):
+        write_whole(run.folder / "routing" / "serving.json", _text({
+            "selector": first + (JOINT if run.config.routing.assignment == "joint" else ""), "router": first,
+            "seed": run.config.seeds[0], "assignment": run.config.routing.assignment}))
 
 
 def make_selectors(run: Run) -> tuple[list[Selector], dict[str, str]]:
@@ -208,6 +220,10 @@ class PickFiles:
                 self._beside(name).replace(self.folder / f"{name}.parquet")
             else:
                 self._beside(name).unlink(missing_ok=True)
+        if failed is None:  # of selectors that are not judged any more
+            for path in self.folder.glob("*.parquet"):
+                if path.stem not in self.writers:
+                    path.unlink()
 
 
 def _plain_columns(rows: pa.Table) -> pa.Table:

@@ -99,7 +99,9 @@ def _reads_replay(config: Config) -> dict[str, Any]:
 
 def _reads_router(config: Config) -> dict[str, Any]:
     return {"router": plain(config.router), "seeds": list(config.seeds), "train": _without(config.train, HOW_TRAINED),
-            "routing": {"beta": config.routing.beta}}
+            "routing": {"beta": config.routing.beta, "seed": config.routing.seed},
+            "crm": {"condition": plain(config.crm.condition),
+                    **({"publish": config.crm.published} if config.router.from_crm else {})}}
 
 
 def _reads_routing(config: Config) -> dict[str, Any]:
@@ -395,6 +397,8 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
     module, _, function = stage.call.partition(":")
     call = getattr(importlib.import_module(module), function)
     for later in _after(stage.name, config):
+        if later == "routing":  # else an older judgement would go on in metrics.json
+            (run_dir / "evaluation" / "routing" / "metrics.json").unlink(missing_ok=True)
         (run_dir / "stages" / f"{later}.json").unlink(missing_ok=True)
     log.write("stage", stage=stage.name, status="started")
     begin = time.perf_counter()

@@ -3,9 +3,10 @@
     channels/item-statistics/<watermark_ms>/{statistics.parquet, manifest.json}
 
 statistics.parquet has one row per item with a row of the logs before the watermark: item_id, views, effective_views,
-known_views (of known watch time), watch_s (sum of these, seconds) and first_seen_ms. All rows before the watermark
-count, without a window, of all users; none at or after it. They stand at the channels' watermarks, so that a request
-sees statistics as old as its lists.
+known_views (of known watch time), watch_s (sum of these, seconds), first_seen_ms, and effective_views_6h and
+effective_views_24h, those of the last hours before the watermark (rows whose times only order are left out). All rows
+before the watermark count, without a window, of all users; none at or after it. They stand at the channels' watermarks,
+so that a request sees statistics as old as its lists.
 
 Shape suffixes: N = vocabulary rows with the unknown row 0.
 """
@@ -28,13 +29,15 @@ from embeddings import snapshots
 from embeddings.snapshots import list_snapshots, verify
 from trainer.catalogue import NEVER_SEEN_MS
 from trainer.neighbors import MINUTE_MS, NONE
-from trainer.sequences import SequenceStore
+from trainer.sequences import HOUR_MS, SequenceStore
 from trainer.vocabulary import Vocabulary
 
 NAME = "item-statistics"
 STATISTICS = "statistics.parquet"
 PRIOR_VIEWS = 10.0
-_COLUMNS = ("item_id", "views", "effective_views", "known_views", "watch_s", "first_seen_ms")
+RECENT_H = (6, 24)
+_COLUMNS = ("item_id", "views", "effective_views", "known_views", "watch_s", "first_seen_ms",
+            *(f"effective_views_{hours}h" for hours in RECENT_H))
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class ItemStatistics:
     """Counts by vocabulary row, of the rows before a watermark; zeros for row 0 and for items not seen by then.
 
     views_N, effective_views_N, known_views_N: int64. watch_s_N: float64, sum of known watch times, whole milliseconds.
-    first_seen_ms_N: int64, NEVER_SEEN_MS where the item was not seen.
+    first_seen_ms_N: int64, NEVER_SEEN_MS where the item was not seen. recent_views_HN: int64 (len(RECENT_H), N),
+    effective views of the last hours before the watermark.
     """
 
     views_N: np.ndarray
@@ -50,6 +54,7 @@ class ItemStatistics:
     known_views_N: np.ndarray
     watch_s_N: np.ndarray
     first_seen_ms_N: np.ndarray
+    recent_views_HN: np.ndarray
 
     @cached_property
     def mean_watch_s_N(self) -> np.ndarray:
@@ -64,7 +69,8 @@ class ItemStatistics:
     @classmethod
     def empty(cls, rows: int) -> ItemStatistics:
         """Before anything was seen."""
-        return cls(*(np.zeros(rows, np.int64) for _ in range(3)), np.zeros(rows), np.full(rows, NEVER_SEEN_MS))
+        return cls(*(np.zeros(rows, np.int64) for _ in range(3)), np.zeros(rows), np.full(rows, NEVER_SEEN_MS),
+                   np.zeros((len(RECENT_H), rows), np.int64))
 
     @classmethod
     def read(cls, folder: Path, vocabulary: Vocabulary) -> ItemStatistics:
@@ -83,7 +89,9 @@ class ItemStatistics:
         found = cls.empty(vocabulary.rows)
         for name, values_N in (("views", found.views_N), ("effective_views", found.effective_views_N),
                                ("known_views", found.known_views_N), ("watch_s", found.watch_s_N),
-                               ("first_seen_ms", found.first_seen_ms_N)):
+                               ("first_seen_ms", found.first_seen_ms_N),
+                               *((f"effective_views_{hours}h", recent_N)
+                                 for hours, recent_N in zip(RECENT_H, found.recent_views_HN, strict=True))):
             values_N[row[row > 0]] = table[name].to_numpy()[row > 0]
         return found
 
@@ -99,6 +107,10 @@ def count_items(store: SequenceStore, watermark_ms: int) -> ItemStatistics:
         known = ~np.isnan(watch_s)
         found.views_N[:] += np.bincount(item, minlength=rows)
         found.effective_views_N[:] += np.bincount(item[shard.is_effective_E[before]], minlength=rows)
+        clocked = before[shard.is_effective_E[before] & ~shard.is_ordinal_E[before]]
+        for hours, recent_N in zip(RECENT_H, found.recent_views_HN, strict=True):
+            latest = clocked[shard.timestamp_ms_E[clocked] >= watermark_ms - hours * HOUR_MS]
+            recent_N += np.bincount(shard.item_row_E[latest], minlength=rows)
         found.known_views_N[:] += np.bincount(item[known], minlength=rows)
         # Whole milliseconds add up exactly in a double, below 2^53: the order of users and shards changes nothing.
         watch_ms = np.round(1000 * watch_s[known].astype(np.float64))
@@ -123,7 +135,9 @@ def publish(channels_folder: Path, watermark_ms: int, statistics: ItemStatistics
         pq.write_table(pa.table({
             "item_id": vocabulary.ids_of(row_I), "views": statistics.views_N[row_I],
             "effective_views": statistics.effective_views_N[row_I], "known_views": statistics.known_views_N[row_I],
-            "watch_s": statistics.watch_s_N[row_I], "first_seen_ms": statistics.first_seen_ms_N[row_I]}),
+            "watch_s": statistics.watch_s_N[row_I], "first_seen_ms": statistics.first_seen_ms_N[row_I],
+            **{f"effective_views_{hours}h": recent_N[row_I]
+               for hours, recent_N in zip(RECENT_H, statistics.recent_views_HN, strict=True)}}),
             folder / STATISTICS)
 
     return snapshots.publish(Path(channels_folder) / NAME / str(watermark_ms), write, {

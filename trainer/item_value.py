@@ -34,22 +34,29 @@ from configs.errors import InputError
 from configs.schema import Config
 from embeddings.snapshots import publish, verify
 from trainer.catalogue import Catalogue
-from trainer.item_statistics import StatisticsSnapshots
+from trainer.item_statistics import RECENT_H, StatisticsSnapshots
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import future_items
 from trainer.sequences import SequenceShard, SequenceStore
-from trainer.triggers import RequestRule, TriggerRequests, is_future_view, request_rule, trigger_requests
+from trainer.triggers import (
+    RequestRule,
+    TriggerRequests,
+    is_future_view,
+    request_hash,
+    request_rule,
+    trigger_requests,
+)
 
 FOLDER, MODEL = "item_value", "model.safetensors"
 TOPS = (5, 10, 20, 50)  # prefixes of a list whose expected hits are features
 POSITION_SCALE = 15.0  # positions in which a trigger's vote falls by e
 RANK_SCALE = 10.0  # places of a list in which a vote falls to a half
-REQUESTS_AT_ONCE = 512
+REQUESTS_AT_ONCE = 128  # whose candidates are in memory at a time
 HIDDEN, EPOCHS, RATE, DECAY = 32, 4, 3e-3, 0.01
 BATCH, LEAST_STEPS = 8192, 600  # small logs are passed over more often, in smaller batches
 NEGATIVE_SHARE = 0.05  # of the candidates that were not watched, in fitting; they weigh as many as they stand for
 FITTED_ROWS = 6_000_000  # at most, so that memory stays bounded
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def feature_names(channels: tuple[str, ...]) -> list[str]:
     """Names of the columns of feature_KF."""
     of_lists = [f"{what}_{channel}" for what in ("votes", "score", "place") for channel in channels]
     return [*of_lists, "rows", "effective_rows", "triggers", "effective_views", "views", "effective_rank", "views_rank",
-            "effective_share", "age_h", "duration_s"]
+            "effective_share", *(f"effective_rank_{hours}h" for hours in RECENT_H),
+            *(f"trend_{hours}h" for hours in RECENT_H), "age_h", "duration_s"]
 
 
 def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: ChannelSnapshots,
@@ -104,7 +112,6 @@ def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: Chann
         watermarks = [w for c, n in enumerate(state_C) if (w := snapshots.watermark_ms(c, int(n))) is not None]
         known = statistics.at(max(watermarks, default=None))
         item_NF = _item_features(known, catalogue)
-        lengths_C = np.diff(starts_C1)
         most = int(max((one.length_N.max() if len(one.neighbor_L) else 0) for one in lists))
         triggers_R = np.diff(requests.trigger_offset_R1)
         for first in range(0, len(at_R), REQUESTS_AT_ONCE):
@@ -124,8 +131,7 @@ def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: Chann
             features = [np.log1p(feature_KF[:kept]), item_NF[row_K], np.where(seen_K, age_K, 0.0)[:, None],
                         np.log1p(np.nan_to_num(catalogue.duration_s_N[row_K]))[:, None]]
             found.append((part_R, row_K, label_K[:kept].copy(), np.concatenate(features, axis=1).astype(np.float32)))
-        del lengths_C
-    return _in_order(found, count_R, 3 * channels + 10)
+    return _in_order(found, count_R, len(feature_names(tuple(snapshots.names))))
 
 
 def _scaled(score_L: np.ndarray) -> np.ndarray:
@@ -134,14 +140,17 @@ def _scaled(score_L: np.ndarray) -> np.ndarray:
 
 
 def _item_features(known, catalogue: Catalogue) -> np.ndarray:
-    """float32 (N, 5): log views, and ranks among all items, which stay alike while counts grow."""
+    """float32 (N, 9): log views, and ranks among all items, which stay alike while counts grow; ranks of the last
+    hours, and how large a part of an item's views these are."""
     effective, views = known.effective_views_N.astype(np.float64), known.views_N.astype(np.float64)
 
     def rank(values: np.ndarray) -> np.ndarray:
         return np.searchsorted(np.sort(values), values, side="right") / max(len(values), 1)
 
-    return np.stack([np.log1p(effective), np.log1p(views), rank(effective), rank(views), effective / (views + 5)],
-                    axis=1).astype(np.float32)
+    recent_HN = known.recent_views_HN.astype(np.float64)
+    return np.stack([np.log1p(effective), np.log1p(views), rank(effective), rank(views), effective / (views + 5),
+                     *(rank(recent_N) if recent_N.any() else rank(effective) for recent_N in recent_HN),
+                     *(recent_N / (effective + 5) for recent_N in recent_HN)], axis=1).astype(np.float32)
 
 
 def _in_order(found, count_R: np.ndarray, width: int) -> tuple[Candidates, np.ndarray]:
@@ -193,7 +202,7 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
         InputError: if no list of any training request holds a later view.
     """
     store, run_dir = SequenceStore(run_dir / "sequences"), Path(run_dir)
-    snapshots = ChannelSnapshots(run_dir / "channels", config.channels, store.vocabulary, present_channels(run_dir))
+    snapshots = ChannelSnapshots(run_dir / "channels", config.channels, store.vocabulary, labelled_channels(run_dir))
     fingerprint = _fingerprint(config, run_dir, snapshots)
     target = run_dir / FOLDER
     if (target / "manifest.json").exists() and verify(target).get("fingerprint") == fingerprint:
@@ -201,24 +210,27 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
     statistics = StatisticsSnapshots(run_dir / "channels", config.channels, store.vocabulary)
     rule = request_rule(config, store.manifest, "train")
     features, labels, keys, requests_seen = [], [], [], 0
-    for shard, requests in _fitted(store, rule, config, fitted_users):
+    limit = _hash_limit(store, rule, config, fitted_users, len(snapshots.names))
+    for shard, requests in _fitted(store, rule, config, fitted_users, limit):
         future = future_items(shard, requests, is_future_view(shard, rule), config.replay.window)
-        found, label_K = candidates(shard, requests, snapshots, statistics, store.catalogue, NEGATIVE_SHARE,
-                                    (future.offset_R1, future.row_V))
-        features.append(found.feature_KF)
-        labels.append(label_K)
-        key_R = requests.user_id_R * np.int64(1_000_003) + requests.time_ms_R
-        keys.append(np.stack([key_R[found.request_K], found.row_K.astype(np.int64)]))
+        for first in range(0, len(requests), REQUESTS_AT_ONCE):
+            at_R = np.arange(first, min(first + REQUESTS_AT_ONCE, len(requests)))
+            part = requests.take(at_R)
+            bounds_R1 = future.offset_R1[first:at_R[-1] + 2]
+            row_V = future.row_V[bounds_R1[0]:bounds_R1[-1]]
+            found, label_K = candidates(shard, part, snapshots, statistics, store.catalogue, NEGATIVE_SHARE,
+                                        (bounds_R1 - bounds_R1[0], row_V))
+            features.append(found.feature_KF)
+            labels.append(label_K)
+            keys.append(np.stack([found.row_K.astype(np.int64), request_hash(part).view(np.int64)[found.request_K]]))
         requests_seen += len(requests)
-        if sum(map(len, labels)) >= FITTED_ROWS:
-            break
     feature_KF = np.concatenate(features) if features else np.zeros((0, 1), np.float32)
     label_K = np.concatenate(labels) if labels else np.zeros(0, bool)
     if not label_K.any():
         raise InputError("item value: no list of any training request holds a later view of its user; look at "
                          "channels.names and replay.requests (times, min_future)")
     # In an order of their own, so that the number of shards changes nothing.
-    order_K = np.lexsort(np.concatenate(keys, axis=1))[:FITTED_ROWS]
+    order_K = np.lexsort(np.concatenate(keys, axis=1))
     model, loss = _fit(feature_KF[order_K], label_K[order_K], seed=config.routing.seed)
     fitted = {"requests": requests_seen, "rows": len(label_K), "log_loss": round(loss, 6),
               "positive_share": round(float(label_K.sum() / _weights(label_K).sum()), 6)}
@@ -241,7 +253,7 @@ def load_item_value(run_dir: Path) -> ItemValue:
     return model.eval()
 
 
-def present_channels(run_dir: Path) -> list[str]:
+def labelled_channels(run_dir: Path) -> list[str]:
     """The channels that the labels were made of, in their order."""
     return json.loads((Path(run_dir) / "labels" / "manifest.json").read_bytes())["channels"]
 
@@ -252,14 +264,30 @@ def _fingerprint(config: Config, run_dir: Path, snapshots: ChannelSnapshots) -> 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _fitted(store: SequenceStore, rule: RequestRule, config: Config, fitted_users
+def _fitted(store: SequenceStore, rule: RequestRule, config: Config, fitted_users, hash_limit: np.uint64
             ) -> Iterator[tuple[SequenceShard, TriggerRequests]]:
+    """Each shard with its fitted requests whose hash is not above the limit."""
     for number in range(store.shards):
         shard = store.open(number)
         requests = trigger_requests(shard, number, rule, config)
-        requests = requests.take(np.asarray(fitted_users(requests.user_id_R)))
+        requests = requests.take(np.asarray(fitted_users(requests.user_id_R)) & (request_hash(requests) <= hash_limit))
         if len(requests):
             yield shard, requests
+
+
+def _hash_limit(store: SequenceStore, rule: RequestRule, config: Config, fitted_users, channels: int) -> np.uint64:
+    """The hash of the last request that is fitted: as many, drawn at random, as FITTED_ROWS has room for."""
+    everything = np.uint64(2**64 - 1)
+    hashes, triggers = [], 0
+    for _, requests in _fitted(store, rule, config, fitted_users, everything):
+        hashes.append(request_hash(requests))
+        triggers += len(requests.trigger_row_T)
+    # At most; lists of one request share items, so that there are some 0.4 of these rows.
+    rows = 0.4 * NEGATIVE_SHARE * triggers * channels * config.channels.top
+    if rows <= FITTED_ROWS:
+        return everything
+    hash_R = np.sort(np.concatenate(hashes))
+    return hash_R[max(0, int(len(hash_R) * FITTED_ROWS / rows) - 1)]
 
 
 def _weights(label_K: np.ndarray) -> np.ndarray:

@@ -150,7 +150,7 @@ class ChannelSnapshots:
             if not found:
                 raise InputError(f"channels.names has {name}, but {Path(folder) / name} holds no snapshot; run "
                                  "watchtower channels first")
-        self._load = lru_cache(maxsize=4 * len(self.names))(self._read)
+        self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
 
     def numbers_at(self, time_ms_R: np.ndarray) -> np.ndarray:
         """int32 (R, C): the number of the snapshot that each request sees of each channel; NONE before the first.

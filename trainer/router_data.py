@@ -29,7 +29,7 @@ from configs.schema import Config, RouterModelConfig
 from trainer.batches import ItemBatch, ItemFeatures, moved
 from trainer.conditions import WatchBuckets
 from trainer.item_statistics import StatisticsSnapshots
-from trainer.item_value import TOPS, ItemValue, candidates, expected_hits, load_item_value
+from trainer.item_value import REQUESTS_AT_ONCE, TOPS, ItemValue, candidates, expected_hits, load_item_value
 from trainer.labels import Labels, ShardLabels
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import counted_views, past_range, replay
@@ -289,8 +289,13 @@ class RouterData:
 
     def _expected_columns(self, shard: SequenceShard, requests: TriggerRequests) -> dict[str, np.ndarray]:
         """How many of the first items of each list will be watched, by trainer/item_value.py: float32 (T, C) each."""
-        found, _ = candidates(shard, requests, self.snapshots, self.statistics, self.catalogue)
-        hits_TCP = expected_hits(found, self.item_value.values(found), requests, self.snapshots, self.vocabulary.rows)
+        parts = []
+        for first in range(0, len(requests), REQUESTS_AT_ONCE):
+            part = requests.take(np.arange(first, min(first + REQUESTS_AT_ONCE, len(requests))))
+            found, _ = candidates(shard, part, self.snapshots, self.statistics, self.catalogue)
+            parts.append(expected_hits(found, self.item_value.values(found), part, self.snapshots,
+                                       self.vocabulary.rows))
+        hits_TCP = np.concatenate(parts or [np.zeros((0, len(self.channels), len(TOPS)), np.float32)])
         return {f"expected_hits_{top}": hits_TCP[:, :, place] for place, top in enumerate(TOPS)}
 
     @cached_property

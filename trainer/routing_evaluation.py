@@ -31,6 +31,7 @@ from configs.errors import InputError
 from configs.schema import Config
 from embeddings.snapshots import read_manifest
 from trainer import routing
+from trainer.channels import absent_channels, present_channels
 from trainer.item_statistics import StatisticsSnapshots
 from trainer.item_value import FOLDER, ItemValue, load_item_value
 from trainer.neighbors import ChannelSnapshots
@@ -53,10 +54,9 @@ from trainer.triggers import (
 BLOCK_REQUESTS = 512
 POSITION_BANDS = (1, 6, 11, 21)  # first positions
 JOINT = "-joint"
-# The joint assignment: of its C x B picks each channel takes at least this share of B and at most this multiple of it;
-# place l of a list (from 0) counts 1 / (1 + l / depth) of its item's value, so that the first K are covered before the
-# rest. Items count by their greatest chance: what several channels bring counts once.
-JOINT_LEAST, JOINT_MOST, JOINT_DEPTH = 1.0, 1.0, 10.0
+# The joint assignment: place l of a list (from 0) counts 1 / (1 + l / depth) of its item's value, so that the first K
+# are covered before the rest. Items count by their greatest chance: what several channels bring counts once.
+JOINT_DEPTH = 10.0
 # How far the router's own view of a list scales the values of its items, and by how much at most.
 JOINT_TRUST, JOINT_FACTOR = 0.25, 4.0
 
@@ -74,11 +74,19 @@ class Run:
 
     @cached_property
     def snapshots(self) -> ChannelSnapshots:
-        return ChannelSnapshots(self.folder / "channels", self.config.channels, self.store.vocabulary)
+        folder = self.folder / "channels"
+        return ChannelSnapshots(folder, self.config.channels, self.store.vocabulary,
+                                present_channels(self.config, self.store, folder))
 
     @cached_property
     def statistics(self) -> StatisticsSnapshots:
         return StatisticsSnapshots(self.folder / "channels", self.config.channels, self.store.vocabulary)
+
+    @cached_property
+    def absent_channels(self) -> dict[str, str]:
+        """Of channels.names, those that are not there, and why."""
+        return {name: reason for name, reason in absent_channels(self.config, self.store).items()
+                if name not in self.snapshots.names}
 
     @cached_property
     def item_value(self) -> ItemValue | None:
@@ -374,7 +382,8 @@ def joint(value_TC: np.ndarray, part: TriggerRequests, block: Block, budget: int
     factor_TC = np.clip(factor_TC, 1 / JOINT_FACTOR, JOINT_FACTOR)
     depth_L = 1 / (1 + np.arange(block.value_TCL.shape[2]) / JOINT_DEPTH)
     chance_TCL = block.value_TCL * (factor_TC[:, :, None] * depth_L).astype(np.float32)
-    least, most = int(JOINT_LEAST * budget), max(budget, round(JOINT_MOST * budget))
+    shift = round(block.config.routing.joint_shift * budget)
+    least, most = budget - shift, budget + shift
     return routing.joint_picks(chance_TCL, part.trigger_offset_R1, block.list_TCL, budget * channels, least, most)
 
 

@@ -27,7 +27,7 @@ from trainer.routing import NEVER
 from trainer.routing_evaluation import JOINT, ShardJudgement, length_name
 
 BEST = "best_baseline"
-NO_BASELINE = ("oracle", "popular", "past-replay")
+NO_BASELINE = ("oracle", "popular", "past-replay", "item-value", "random")
 BASES = ("recent", "past-replay", "watch-time-top", BEST)
 
 

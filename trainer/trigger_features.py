@@ -43,9 +43,7 @@ class TriggerTable:
     list_watch_s_TC float32, mean watch time of their views, shrunk; past_replay_ms_TC int64, watch
     time of the user's past counted views whose item is in the list (each view once; a null watch time counts
     replay.null_watch_s); past_hits_TC int32, how many views that were; seen_TC int32, items of the list that the user's
-    history holds in any row; unique_share_TC float32, rho of Eq. 11; agreement_TC float32, how many of the request's
-    other triggers retrieve an item of the list in the same channel, mean over the list; top_agreement_TC int32, of the
-    item that most of them retrieve.
+    history holds in any row; unique_share_TC float32, rho of Eq. 11.
     """
 
     requests: TriggerRequests
@@ -69,8 +67,6 @@ class TriggerTable:
     past_hits_TC: np.ndarray
     seen_TC: np.ndarray
     unique_share_TC: np.ndarray
-    agreement_TC: np.ndarray
-    top_agreement_TC: np.ndarray
 
 
 def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: RequestRule, snapshots: ChannelSnapshots,
@@ -105,8 +101,6 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
     unique_TC, length_TC = unique_counts(requests, snapshots)
     popularity_T = np.zeros(triggers, np.float32)
     of_lists = {name: np.zeros((triggers, channels), np.float32) for name in LIST_MEANS}
-    agreement_TC, top_agreement_TC = np.zeros((triggers, channels)), np.zeros((triggers, channels), np.int32)
-    count_N = np.zeros(len(catalogue.item_id_N), np.int32)
     for at_T, state_C, _ in states_of(requests, snapshots):
         known = _statistics_at(snapshots, statistics, state_C)
         row_X, place_T = np.unique(requests.trigger_row_T[at_T], return_inverse=True)
@@ -116,9 +110,6 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
         for name in ("top_score", "mean_score", "list_popularity", "list_watch_s"):
             of_lists[name][at_T] = means[name][place_T]
         time_ms_T1 = requests.time_ms_R[request_T[at_T]][:, None]
-        for channel, one in enumerate(lists):
-            _agreement(np.unique(request_T[at_T]), requests.trigger_offset_R1, requests.trigger_row_T, one.offset_N1,
-                       one.neighbor_L, count_N, agreement_TC[:, channel], top_agreement_TC[:, channel])
         gap_ms = means["seen_items"][place_T] * time_ms_T1 - means["first_seen_sum_ms"][place_T]
         of_lists["list_age_s"][at_T] = gap_ms / np.maximum(1, length_TC[at_T]) / 1000
     return TriggerTable(
@@ -129,7 +120,6 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
         feedback={name: values[event_T] for name, values in shard.feedback.items()}, popularity_T=popularity_T,
         tag_share_T=tag_share_T, length_TC=length_TC, past_replay_ms_TC=past_ms_TC, past_hits_TC=past_hits_TC,
         seen_TC=seen_TC, unique_share_TC=unique_share(unique_TC, length_TC),
-        agreement_TC=agreement_TC.astype(np.float32), top_agreement_TC=top_agreement_TC,
         **{f"{name}_TC": values for name, values in of_lists.items()})
 
 
@@ -258,26 +248,3 @@ def _list_means(row_X, offset_N1, neighbor_L, score_L, popularity_N, watch_s_N, 
         mean_X[x] /= end - begin
         popularity_X[x] /= end - begin
         watch_X[x] /= end - begin
-
-
-@numba.njit(cache=True, nogil=True)
-def _agreement(request_Q, trigger_offset_R1, trigger_row_T, offset_N1, neighbor_L, count_N, mean_T, top_T
-               ):  # pragma: no cover - compiled
-    """How many lists of the request an item stands in, this one aside. count_N is scratch: 0."""
-    for r in request_Q:
-        first, last = trigger_offset_R1[r], trigger_offset_R1[r + 1]
-        for t in range(first, last):
-            for place in range(offset_N1[trigger_row_T[t]], offset_N1[trigger_row_T[t] + 1]):
-                count_N[neighbor_L[place]] += 1
-        for t in range(first, last):
-            begin, end = offset_N1[trigger_row_T[t]], offset_N1[trigger_row_T[t] + 1]
-            total = 0
-            for place in range(begin, end):
-                others = count_N[neighbor_L[place]] - 1
-                total += others
-                top_T[t] = max(top_T[t], others)
-            if end > begin:
-                mean_T[t] = total / (end - begin)
-        for t in range(first, last):
-            for place in range(offset_N1[trigger_row_T[t]], offset_N1[trigger_row_T[t] + 1]):
-                count_N[neighbor_L[place]] = 0

@@ -23,6 +23,7 @@ PLAIN = ["request_id", "user_id", "request_time_ms", "trigger_item_id", "positio
 def config_of(run_dir, **replay) -> Config:
     requests = {"train_cuts": [{"at": BEGIN + timedelta(days=d)} for d in (3, 5)],
                 "test_cuts": [{"at": BEGIN + timedelta(days=7)}], "triggers": 9, "min_triggers": 2, "min_future": 1,
+                "test_min_triggers": 2, "test_min_future": 1,
                 "future_min_watch_s": 2.0, **replay.pop("requests", {})}
     return Config.model_validate({
         "run_dir": str(run_dir), "channels": {"names": NAMES, "rollback_min": 20},

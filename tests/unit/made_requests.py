@@ -65,7 +65,8 @@ def made_statistics(rng, rows, watermark_ms) -> ItemStatistics:
     views_N = rng.integers(0, 9, rows) * (np.arange(rows) > 0)
     known_N = views_N // 2
     return ItemStatistics(views_N, views_N - known_N // 2, known_N, known_N * rng.integers(1, 9000, rows) / 1000,
-                          np.where(views_N > 0, watermark_ms - rng.integers(1, 10**8, rows), np.iinfo(np.int64).max))
+                          np.where(views_N > 0, watermark_ms - rng.integers(1, 10**8, rows), np.iinfo(np.int64).max),
+                          np.stack([views_N // 4, views_N // 3]))
 
 
 def publish_made(folder: Path, seed, vocabulary: Vocabulary) -> None:

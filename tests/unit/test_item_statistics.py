@@ -11,7 +11,7 @@ from made_shards import MadeStore, random_rows, rows_of
 from configs.errors import InputError
 from configs.schema import ChannelsConfig
 from trainer.catalogue import NEVER_SEEN_MS
-from trainer.item_statistics import ItemStatistics, StatisticsSnapshots, count_items, publish
+from trainer.item_statistics import RECENT_H, ItemStatistics, StatisticsSnapshots, count_items, publish
 
 MINUTE = 60_000
 
@@ -26,6 +26,9 @@ def test_equals_a_plain_loop(seed, count, watermark, shards):
         known = [k for k in at if not isnan(rows.watch_s[k])]
         assert found.views_N[item] == len(at)
         assert found.effective_views_N[item] == sum(rows.effective[k] for k in at)
+        for hours, recent_N in zip(RECENT_H, found.recent_views_HN, strict=True):
+            since = watermark - hours * 3_600_000
+            assert recent_N[item] == sum(bool(rows.effective[k]) and rows.time_ms[k] >= since for k in at)
         assert found.known_views_N[item] == len(known)
         assert found.watch_s_N[item] == sum(round(1000 * float(rows.watch_s[k])) for k in known) / 1000
         assert found.first_seen_ms_N[item] == min((rows.time_ms[k] for k in at), default=NEVER_SEEN_MS)

@@ -129,8 +129,9 @@ def test_shares_of_a_shard_are_the_shard(data):
     whole = data.read("test", 1)
     parts = [data.read("test", 1, (rank, 3)) for rank in range(3)]
     for name in ("trigger_TF", "list_TCF", "view_begin_R", "view_end_R"):
-        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name),
-                              equal_nan=True)
+        # A matrix product of other sizes rounds the expected hits in another way.
+        np.testing.assert_allclose(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name),
+                                   rtol=1e-5, atol=1e-6)
 
 
 def test_scales_are_of_the_fitted_triggers(data):

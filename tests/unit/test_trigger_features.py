@@ -76,7 +76,6 @@ def test_features_are_those_of_plain_loops(folder, shard, rule, seed):
         shared = [e for e in effective if tags_of(catalogue, shard.item_row_E[e]) & tags_of(catalogue, row)]
         same(table.tag_share_T[t], np.float32(len(shared) / max(1, len(effective))))
         lists = lists_of_request(channels.snapshots, now, row)
-        of_others = lists_of_others(channels, requests, r, t)
         known = statistics_of(channels, now)
         same(table.popularity_T[t], np.float32(np.log1p(known.effective_views_N[row])))
         for c, items in enumerate(lists):
@@ -89,16 +88,7 @@ def test_features_are_those_of_plain_loops(folder, shard, rule, seed):
             assert table.past_hits_TC[t, c] == len(counted)
             assert table.seen_TC[t, c] == len({shard.item_row_E[e] for e in inside})
             others = {item for place, other in enumerate(lists) if place != c for item in other}
-            votes = [sum(item in own[c] for own in of_others) for item in items]
-            same(table.agreement_TC[t, c], np.float32(sum(votes) / max(1, len(votes))))
-            assert table.top_agreement_TC[t, c] == max(votes, default=0)
             same(table.unique_share_TC[t, c], np.float32(len(set(items) - others) / (len(items) + 1e-6)))
-
-
-def lists_of_others(channels, requests, r, t):
-    """The lists of the request's other triggers."""
-    return [lists_of_request(channels.snapshots, requests.time_ms_R[r], requests.trigger_row_T[other])
-            for other in range(*requests.trigger_offset_R1[r:r + 2]) if other != t]
 
 
 def check_list(table, t, c, items, known, now, scores):
@@ -200,8 +190,7 @@ def assert_equal_tables(found: TriggerTable, expected: TriggerTable):
 DTYPES = {"watch_s_T": "f4", "best_watch_s_T": "f4", "views_T": "i4", "age_s_T": "f4", "is_effective_T": "?",
           "is_target_T": "?", "popularity_T": "f4", "tag_share_T": "f4", "length_TC": "i4", "top_score_TC": "f4",
           "mean_score_TC": "f4", "list_popularity_TC": "f4", "list_age_s_TC": "f4", "list_watch_s_TC": "f4",
-          "past_replay_ms_TC": "i8", "past_hits_TC": "i4", "seen_TC": "i4", "unique_share_TC": "f4",
-          "agreement_TC": "f4", "top_agreement_TC": "i4"}
+          "past_replay_ms_TC": "i8", "past_hits_TC": "i4", "seen_TC": "i4", "unique_share_TC": "f4"}
 
 
 def test_shapes_types_and_no_requests(folder):

@@ -6,9 +6,12 @@ Another channel is one file with a class like `Channel`, its section in configs/
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from configs.errors import InputError
 from configs.loader import config_hash
 from configs.schema import Config
+from embeddings.snapshots import list_snapshots
 from trainer.channels.channel import Built, Channel, Given
 from trainer.channels.content import Content
 from trainer.channels.embedding import Embedding
@@ -64,10 +67,23 @@ def absent_channels(config: Config, store: SequenceStore) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def present_channels(config: Config, store: SequenceStore) -> list[str]:
-    """channels.names without the absent ones, in that order: the channels of labels, routers and results."""
+def present_channels(config: Config, store: SequenceStore, folder: Path | None = None) -> list[str]:
+    """channels.names without those that these logs cannot have, in that order: the channels of labels, routers and
+    results.
+
+    Args:
+        folder: of the snapshots; a channel that has some is present, whatever the logs.
+
+    Raises:
+        InputError: if none is left.
+    """
     absent = absent_channels(config, store)
-    return [name for name in config.channels.names if name not in absent]
+    names = [name for name in config.channels.names
+             if name not in absent or (folder is not None and list_snapshots(Path(folder) / name))]
+    if not names:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+        raise InputError(f"channels.names: these logs can have none of them ({reasons})")
+    return names
 
 
 def made_from(name: str, watermark_ms: int, sequences: str, given: Given) -> dict:

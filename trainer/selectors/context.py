@@ -17,7 +17,7 @@ from configs.errors import InputError
 from configs.schema import Config
 from trainer.catalogue import Catalogue
 from trainer.item_statistics import StatisticsSnapshots
-from trainer.item_value import ItemValue, candidates
+from trainer.item_value import REQUESTS_AT_ONCE, ItemValue, candidates
 from trainer.neighbors import ChannelSnapshots
 from trainer.routing import padded_lists
 from trainer.selectors.vectors import item_vectors
@@ -71,10 +71,15 @@ class Block:
         """
         if self.item_value is None:
             raise InputError("there are no item values in the run folder; run watchtower train router first")
-        requests = self.table.requests
-        found, _ = candidates(self.shard, requests, self.snapshots, self.statistics, self.catalogue)
-        return listed_values(self.list_TCL, requests.trigger_offset_R1, found.offset_R1, found.row_K,
-                             self.item_value.values(found), np.zeros(self.rows, np.float32))
+        requests, parts = self.table.requests, []
+        for first in range(0, len(requests), REQUESTS_AT_ONCE):
+            part = requests.take(np.arange(first, min(first + REQUESTS_AT_ONCE, len(requests))))
+            found, _ = candidates(self.shard, part, self.snapshots, self.statistics, self.catalogue)
+            begin = requests.trigger_offset_R1[first]
+            list_TCL = self.list_TCL[begin:begin + len(part.trigger_row_T)]
+            parts.append(listed_values(list_TCL, part.trigger_offset_R1, found.offset_R1, found.row_K,
+                                       self.item_value.values(found), np.zeros(self.rows, np.float32)))
+        return np.concatenate(parts or [np.zeros(self.list_TCL.shape, np.float32)])
 
     @cached_property
     def latest_views(self) -> tuple[np.ndarray, np.ndarray]:
