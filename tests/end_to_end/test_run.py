@@ -1,7 +1,8 @@
-"""The real run made tiny: `watchtower run` as a user types it, on a synthetic world, Ray Train and two workers.
+"""The real run made tiny: `watchtower run` as a user types it, CRM and CAPTS, on a synthetic world, Ray Train and two
+workers.
 
 Two runs of the same config: one is left alone, one loses a worker to SIGKILL in the middle of its training. Both must
-end with the same losses and the same evaluation, to the bit.
+end with the same losses and the same evaluation of towers and routers, to the bit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,9 @@ from trainer.events import read_events
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["data.synth.users=150", "data.synth.items=200", "train.epochs=2", "train.checkpoint_every_steps=4",
         "train.log_every_steps=1", "train.batch_rows=16", "evaluate.queries=100", "evaluate.curve_queries=40",
-        "evaluate.validation_queries=50", "gates.at_least={}"]
+        "evaluate.validation_queries=50", "replay.requests.every=3",
+        "replay.requests.per_user=4", "replay.requests.test_min_triggers=5", "gates.at_least={}"]
+ROUTED = ("recent", "oracle", "capts", "capts-joint")  # popular takes no triggers
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
@@ -73,6 +77,62 @@ def test_a_run_leaves_what_it_promises(untouched):
     assert (run_dir / "config.yaml").is_file() and any((run_dir / "tensorboard").rglob("events.out*"))
     assert "report.html" in output and "recall@100" in output
     assert "step 1/" in output and "rows/s" in output, "progress is shown"
+    assert_channels_and_labels(run_dir, metrics["routing"]["channels"])
+    assert_routed(run_dir, metrics["routing"])
+    for stage in ("channels", "replay", "router", "routing"):
+        assert metrics["stages"][stage]["seconds"] > 0 and metrics["stages"][stage]["rows"] > 0, stage
+
+
+def assert_channels_and_labels(run_dir: Path, channels: list[str]) -> None:
+    assert channels == ["swing", "embedding", "content"]
+    for channel in channels:
+        snapshots = sorted((path for path in (run_dir / "channels" / channel).iterdir() if path.name.isdigit()),
+                           key=lambda path: int(path.name))
+        assert len(snapshots) > 1, channel
+        for snapshot in snapshots:
+            assert json.loads((snapshot / "manifest.json").read_text())["watermark_ms"] == int(snapshot.name)
+            types = pq.read_schema(snapshot / "neighbors.parquet")
+            assert types.names == ["item_id", "neighbors", "scores"]
+            assert [str(types.field(name).type.value_type) for name in types.names[1:]] == ["int64", "float"]
+        lists = pq.read_table(snapshots[-1] / "neighbors.parquet")
+        assert len(lists) and 0 < max(map(len, lists["neighbors"].to_pylist())) <= 20
+    manifest = json.loads((run_dir / "labels" / "manifest.json").read_text())
+    parts = [pq.read_table(path) for path in sorted((run_dir / "labels").glob("*.parquet"))]
+    assert manifest["channels"] == channels and manifest["rows"] == sum(map(len, parts))
+    assert len(parts) == manifest["shards"] and manifest["requests"] > 100 and min(manifest["positive_labels"]) > 0
+    for part in parts:
+        assert part.column_names == ["request_id", "user_id", "request_time_ms", "trigger_item_id", "position",
+                                     "reward", "intensity", "label", "uniqueness"]
+        assert all(part.schema.field(name).type.list_size == len(channels) for name in part.column_names[5:])
+
+
+def assert_routed(run_dir: Path, measured: dict) -> None:
+    """Scores, picks and results of the test requests, under the one budget."""
+    (budget,), channels, requests = measured["budgets"], measured["channels"], measured["requests"]["n"]
+    assert requests > 30, "the tiny world has too few test requests to say anything"
+    scores = pq.read_table(run_dir / "evaluation" / "routing" / "capts" / "seed=0" / "scores.parquet")
+    assert scores.column_names == ["request_id", "position", "trigger_item_id", "value", "uniqueness"]
+    value_TC = scores["value"].combine_chunks().flatten().to_numpy().reshape(len(scores), len(channels))
+    assert ((value_TC > 0) & (value_TC < 1)).all() and (value_TC.std(axis=0) > 0).all()
+    scored = set(zip(scores["request_id"].to_pylist(), scores["trigger_item_id"].to_pylist(), strict=True))
+    for selector in ROUTED:
+        picks = pq.read_table(run_dir / "routing" / f"{selector}.parquet")
+        assert picks.column_names == ["request_id", "channel", "rank", "trigger_item_id", "score"]
+        assert set(zip(picks["request_id"].to_pylist(), picks["trigger_item_id"].to_pylist(), strict=True)) <= scored
+        of_request = Counter(picks["request_id"].to_pylist())
+        of_channel = Counter(zip(picks["request_id"].to_pylist(), picks["channel"].to_pylist(), strict=True))
+        assert len(of_request) == requests and {channel for _, channel in of_channel} == set(channels), selector
+        assert max(of_request.values()) <= budget * len(channels), selector
+        # The joint assignment shares one quota: routing.joint_shift (0.2) moves one of three picks between channels.
+        assert max(of_channel.values()) <= budget + (selector == "capts-joint"), selector
+    recall = {}
+    for selector in (*ROUTED, "popular"):
+        for name, found in measured[selector][f"budget={budget}"]["overall"].items():
+            if name.startswith("recall@"):
+                assert 0 < found["mean"] <= 1 and found["n"] == requests and set(found["per_seed"]) == {"0"}, selector
+        recall[selector] = measured[selector][f"budget={budget}"]["overall"]["recall@50"]["mean"]
+    # Neither learns anything: this is of the world and its lists alone, in which they are 0.14 apart.
+    assert recall["oracle"] > recall["recent"]
 
 
 def test_the_same_run_again_does_nothing(untouched):
@@ -97,10 +157,16 @@ def test_a_worker_killed_in_training_changes_nothing(untouched, tmp_path):
     resumed = list(read_events(run_dir / "events.jsonl", "resume"))
     assert resumed and resumed[0]["global_step"] >= 4, output[-3000:]
     assert losses(run_dir) == losses(untouched[0])
+    assert {model for model, _ in losses(run_dir)} == {f"{name}/seed=0" for name in
+                                                       ("dnn", "decision_transformer", "capts")}
     for path in sorted(untouched[0].glob("evaluation/*/*/queries.parquet")):
         mine, other = pq.read_table(run_dir / path.relative_to(untouched[0])), pq.read_table(path)
         for name in other.column_names:  # NumPy's comparison, for which NaN (no hit, no watch time of it) equals NaN
             np.testing.assert_array_equal(mine[name].to_numpy(), other[name].to_numpy(), err_msg=f"{path} {name}")
+    for path in (*untouched[0].glob("evaluation/routing/*/*/scores.parquet"), *untouched[0].glob("routing/*.parquet")):
+        assert pq.read_table(run_dir / path.relative_to(untouched[0])).equals(pq.read_table(path)), path
+    mine, other = (json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, untouched[0]))
+    assert mine["routing"] == other["routing"] and set(ROUTED) < set(other["routing"])
 
 
 def _kill_a_worker(driver: int, run_dir: Path, timeout_s: float = 200) -> bool:
