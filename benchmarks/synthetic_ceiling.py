@@ -155,12 +155,12 @@ def section(worlds: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
         *[f"- {'Yes' if ok else '**No**'}: {line}." for line, ok in checks(worlds)]]
 
 
-def write_into(page: Path, lines: list[str]) -> None:
+def write_into(page: Path, lines: list[str], begin: str = BEGIN, end: str = END) -> None:
     """The section between its markers, or at the end of the page."""
     text = page.read_text(encoding="utf-8")
-    block = "\n".join([BEGIN, *lines, END])
-    if BEGIN in text and END in text:
-        text = text[:text.index(BEGIN)] + block + text[text.index(END) + len(END):]
+    block = "\n".join([begin, *lines, end])
+    if begin in text and end in text:
+        text = text[:text.index(begin)] + block + text[text.index(end) + len(end):]
     else:
         text = f"{text.rstrip()}\n\n{block}\n"
     page.write_text(text, encoding="utf-8")
