@@ -66,6 +66,20 @@ class ItemStatistics:
         overall = self.watch_s_N.sum() / known if known else 0.0
         return (self.watch_s_N + PRIOR_VIEWS * overall) / (self.known_views_N + PRIOR_VIEWS)
 
+    @cached_property
+    def profile_NF(self) -> np.ndarray:
+        """float32 (N, 9): log views, and ranks among all items, which stay alike while counts grow; ranks of the last
+        hours (of all time, where the last hours have no clock), and how large a part of an item's views these are."""
+        effective, views = self.effective_views_N.astype(np.float64), self.views_N.astype(np.float64)
+        recent_HN = self.recent_views_HN.astype(np.float64)
+
+        def rank(values: np.ndarray) -> np.ndarray:
+            return np.searchsorted(np.sort(values), values, side="right") / max(len(values), 1)
+
+        return np.stack([np.log1p(effective), np.log1p(views), rank(effective), rank(views), effective / (views + 5),
+                         *(rank(recent_N if recent_N.any() else effective) for recent_N in recent_HN),
+                         *(recent_N / (effective + 5) for recent_N in recent_HN)], axis=1).astype(np.float32)
+
     @classmethod
     def empty(cls, rows: int) -> ItemStatistics:
         """Before anything was seen."""

@@ -108,10 +108,10 @@ def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: Chann
         offsets_CN1 = np.stack([one.offset_N1 for one in lists])
         starts_C1 = np.concatenate([[0], np.cumsum([len(one.neighbor_L) for one in lists])]).astype(np.int64)
         neighbor_L = np.concatenate([one.neighbor_L for one in lists])
-        score_L = np.concatenate([_scaled(one.score_L) for one in lists])
+        score_L = np.concatenate([one.scaled_score_L for one in lists])
         watermarks = [w for c, n in enumerate(state_C) if (w := snapshots.watermark_ms(c, int(n))) is not None]
         known = statistics.at(max(watermarks, default=None))
-        item_NF = _item_features(known, catalogue)
+        item_NF = known.profile_NF
         most = int(max((one.length_N.max() if len(one.neighbor_L) else 0) for one in lists))
         triggers_R = np.diff(requests.trigger_offset_R1)
         for first in range(0, len(at_R), REQUESTS_AT_ONCE):
@@ -132,25 +132,6 @@ def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: Chann
                         np.log1p(np.nan_to_num(catalogue.duration_s_N[row_K]))[:, None]]
             found.append((part_R, row_K, label_K[:kept].copy(), np.concatenate(features, axis=1).astype(np.float32)))
     return _in_order(found, count_R, len(feature_names(tuple(snapshots.names))))
-
-
-def _scaled(score_L: np.ndarray) -> np.ndarray:
-    """Scores over the channel's own 0.9-quantile, so that channels and snapshots compare."""
-    return score_L / max(float(np.quantile(score_L, 0.9)), 1e-9) if len(score_L) else score_L
-
-
-def _item_features(known, catalogue: Catalogue) -> np.ndarray:
-    """float32 (N, 9): log views, and ranks among all items, which stay alike while counts grow; ranks of the last
-    hours, and how large a part of an item's views these are."""
-    effective, views = known.effective_views_N.astype(np.float64), known.views_N.astype(np.float64)
-
-    def rank(values: np.ndarray) -> np.ndarray:
-        return np.searchsorted(np.sort(values), values, side="right") / max(len(values), 1)
-
-    recent_HN = known.recent_views_HN.astype(np.float64)
-    return np.stack([np.log1p(effective), np.log1p(views), rank(effective), rank(views), effective / (views + 5),
-                     *(rank(recent_N) if recent_N.any() else rank(effective) for recent_N in recent_HN),
-                     *(recent_N / (effective + 5) for recent_N in recent_HN)], axis=1).astype(np.float32)
 
 
 def _in_order(found, count_R: np.ndarray, width: int) -> tuple[Candidates, np.ndarray]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ class NeighborLists:
     def length_N(self) -> np.ndarray:
         """int64 (N,): neighbours of each item."""
         return np.diff(self.offset_N1)
+
+    @cached_property
+    def scaled_score_L(self) -> np.ndarray:
+        """Scores over their own 0.9-quantile, so that channels and snapshots compare."""
+        return self.score_L / max(float(np.quantile(self.score_L, 0.9)), 1e-9) if len(self.score_L) else self.score_L
 
     def of(self, row: int) -> np.ndarray:
         """The neighbours of one item, best first."""
