@@ -58,9 +58,14 @@ def routing_lines(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name[:38]:<38}" + "".join(f"{cell:>17}" for cell in cells))
     missing = sorted(name for name, value in routing.items() if isinstance(value, Mapping) and "absent" in value)
     lines += [f"absent: {', '.join(missing)}"] if missing else []
-    judged = [check["ok"] for check in routing.get("checks", {}).values() if check.get("ok") is not None]
-    return lines + ([f"{sum(judged)} of {len(judged)} properties of a faithful CAPTS reached (KuaiRand's floors)"]
-                    if judged else [])
+    lines += [f"in brackets: gain over recent; {budget} triggers a channel; past-replay, item-value and popular (as",
+              "many most-popular items) are controls; oracle knows the future: the ceiling of independent routing"]
+    judged = [check for check in routing.get("checks", {}).values() if check.get("ok") is not None]
+    short = [f"  {check['property']}: {check['says'].split(':')[0]}" for check in judged if not check["ok"]]
+    if judged:
+        lines.append(f"{len(judged) - len(short)} of {len(judged)} properties of a faithful CAPTS reached (KuaiRand's "
+                     f"floors, a yardstick on other logs)" + (", not:" if short else ""))
+    return lines + short
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -119,7 +124,7 @@ def _budgets(routing: Mapping[str, Any]) -> str:
     length = "100" if "100" in _lengths(routing, routing["budgets"][0]) else _lengths(routing, routing["budgets"][0])[0]
     rows = [_row(name, [_cell(dict(_overall(routing, budget)).get(name, {}), f"recall@{k}", f"gain_over_recent@{k}")
                         for budget in routing["budgets"] for k in (length, "all")]) for name in names]
-    return ('<p class="soft">The same under every budget.</p>'
+    return ('<p class="soft">The same table for every budget:</p>'
             + table(["Selector", *(f"B = {budget}, @{k}" for budget in routing["budgets"] for k in (length, "all"))],
                     rows, numbers_from=1))
 
