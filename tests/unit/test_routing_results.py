@@ -155,7 +155,7 @@ def test_report_and_terminal(folder, metrics):
                  "Ablations", "way to the oracle", "the paper"):
         assert word in page
     text = results_table(metrics)
-    short = [c for c in metrics["routing"]["checks"].values() if c["ok"] is False]
+    short = [c for c in metrics["routing"]["checks"].values() if c.get("ok") is False]
     assert len(text.splitlines()) <= 20 + len(short) and max(map(len, text.splitlines())) <= 120
     assert all(check["property"] in text for check in short) and "gain over recent" in text
     assert "capts-joint" in text and "absent: tag-top" in text
