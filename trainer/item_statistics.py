@@ -28,7 +28,7 @@ from configs.schema import ChannelsConfig
 from embeddings import snapshots
 from embeddings.snapshots import list_snapshots, verify
 from trainer.catalogue import NEVER_SEEN_MS
-from trainer.neighbors import MINUTE_MS, NONE
+from trainer.neighbors import MINUTE_MS, NONE, ChannelSnapshots
 from trainer.sequences import HOUR_MS, SequenceStore
 from trainer.vocabulary import Vocabulary
 
@@ -201,3 +201,8 @@ class StatisticsSnapshots:
         if watermark_ms is None:
             return self.number(NONE)
         return self.number(int(np.searchsorted(self._watermark_S, watermark_ms, side="right")) - 1)
+
+    def of_state(self, channels: ChannelSnapshots, state_C: np.ndarray) -> ItemStatistics:
+        """At the latest watermark of a state's snapshots (ChannelSnapshots.states); empty where it has none."""
+        watermarks = [channels.watermark_ms(channel, int(number)) for channel, number in enumerate(state_C)]
+        return self.at(max((w for w in watermarks if w is not None), default=None))

@@ -109,8 +109,7 @@ def candidates(shard: SequenceShard, requests: TriggerRequests, snapshots: Chann
         starts_C1 = np.concatenate([[0], np.cumsum([len(one.neighbor_L) for one in lists])]).astype(np.int64)
         neighbor_L = np.concatenate([one.neighbor_L for one in lists])
         score_L = np.concatenate([one.scaled_score_L for one in lists])
-        watermarks = [w for c, n in enumerate(state_C) if (w := snapshots.watermark_ms(c, int(n))) is not None]
-        known = statistics.at(max(watermarks, default=None))
+        known = statistics.of_state(snapshots, state_C)
         item_NF = known.profile_NF
         most = int(max((one.length_N.max() if len(one.neighbor_L) else 0) for one in lists))
         triggers_R = np.diff(requests.trigger_offset_R1)
@@ -339,8 +338,8 @@ def expected_hits(found: Candidates, value_K: np.ndarray, requests: TriggerReque
 # ------------------------------------------------------------------------------------------------------- the kernels
 
 @numba.njit(cache=True, nogil=True)
-def _mixed(x):  # pragma: no cover - compiled
-    """SplitMix64."""
+def splitmix64(x):  # pragma: no cover - compiled
+    """A 64-bit mix of x (Steele, Lea and Flood 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -385,7 +384,7 @@ def _candidates(part_R, trigger_offset_R1, trigger_row_T, position_T, begin_R, h
         before = kept
         for k in range(count):
             j = found[k]
-            if is_future_N[j] or _mixed(np.uint64(key_R[r]) ^ _mixed(np.uint64(j))) <= keep_below:
+            if is_future_N[j] or splitmix64(np.uint64(key_R[r]) ^ splitmix64(np.uint64(j))) <= keep_below:
                 row_K[kept], label_K[kept] = j, is_future_N[j]
                 feature_KF[kept, :] = sum_NF[j]
                 feature_KF[kept, 3 * channels + 2] = triggers

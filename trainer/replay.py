@@ -104,7 +104,7 @@ def future_items(shard: SequenceShard, requests: TriggerRequests, is_future_E: n
     views = counted_views(shard, is_future_E, null_watch_s)
     low_R, high_R = future_range(views, requests, len(views.row_V) if window is None else window)
     offset_R1 = np.concatenate([[0], np.cumsum(high_R - low_R)]).astype(np.int64)
-    at_V = _ranges(low_R, high_R - low_R)
+    at_V = ranges(low_R, high_R - low_R)
     return FutureItems(offset_R1, views.row_V[at_V], views.watch_ms_V[at_V], views.event_V[at_V])
 
 
@@ -211,8 +211,8 @@ def unique_of(row_X: np.ndarray, lists: Sequence[NeighborLists]) -> np.ndarray:
         offset_XC1 = np.concatenate([[0], np.cumsum(length_XC.ravel())])
         item_M = np.zeros(offset_XC1[-1], np.int32)
         for channel, one in enumerate(lists):
-            inside_L = _ranges(offset_XC1[:-1].reshape(length_XC.shape)[:, channel], length_XC[:, channel])
-            item_M[inside_L] = one.neighbor_L[_ranges(one.offset_N1[rows], length_XC[:, channel])]
+            inside_L = ranges(offset_XC1[:-1].reshape(length_XC.shape)[:, channel], length_XC[:, channel])
+            item_M[inside_L] = one.neighbor_L[ranges(one.offset_N1[rows], length_XC[:, channel])]
         _count_unique(item_M, offset_XC1, len(lists), seen_N, unique_XC[begin:begin + ROWS_AT_ONCE])
         seen_N[:] = 0
     return unique_XC
@@ -223,8 +223,8 @@ def unique_share(unique_TC: np.ndarray, length_TC: np.ndarray) -> np.ndarray:
     return (unique_TC / (length_TC + EPSILON)).astype(np.float32)
 
 
-def _ranges(begin_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """The numbers of ranges, one range after the other."""
+def ranges(begin_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
+    """int64: the numbers begin .. begin + length - 1 of each range, one range after the other."""
     before_X = np.cumsum(length_X) - length_X
     return np.arange(length_X.sum()) + np.repeat(begin_X - before_X, length_X)
 

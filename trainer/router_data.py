@@ -32,7 +32,7 @@ from trainer.item_statistics import StatisticsSnapshots
 from trainer.item_value import REQUESTS_AT_ONCE, TOPS, ItemValue, candidates, expected_hits, load_item_value
 from trainer.labels import Labels, ShardLabels
 from trainer.neighbors import ChannelSnapshots
-from trainer.replay import counted_views, past_range, replay
+from trainer.replay import counted_views, past_range, ranges, replay
 from trainer.sequences import SequenceShard, SequenceStore, user_hash
 from trainer.trigger_features import TriggerTable, trigger_table
 from trainer.triggers import Side, TriggerRequests, request_rule, trigger_requests
@@ -424,9 +424,3 @@ class RouterData:
                 "row_T": np.zeros(1, np.int64), "row_V": none, "bucket_V": none,
                 "trigger": np.full((1, len(scales.trigger_mean_F)), np.nan, np.float32),
                 "list": np.full((1, *scales.list_mean_CF.shape), np.nan, np.float32), **self._no_labels(1)}
-
-
-def ranges(begin_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
-    """int64: the numbers begin .. begin + length - 1 of each range, one range after the other."""
-    shift_X = begin_X - (np.cumsum(length_X) - length_X)
-    return np.arange(int(length_X.sum())) + np.repeat(shift_X, length_X)

@@ -102,7 +102,7 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
     popularity_T = np.zeros(triggers, np.float32)
     of_lists = {name: np.zeros((triggers, channels), np.float32) for name in LIST_MEANS}
     for at_T, state_C, _ in states_of(requests, snapshots):
-        known = _statistics_at(snapshots, statistics, state_C)
+        known = statistics.of_state(snapshots, state_C)
         row_X, place_T = np.unique(requests.trigger_row_T[at_T], return_inverse=True)
         lists = [snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C)]
         popularity_T[at_T] = np.log1p(known.effective_views_N[requests.trigger_row_T[at_T]])
@@ -129,12 +129,6 @@ def _in_past(views, shard: SequenceShard, requests: TriggerRequests, snapshots: 
     low_T1, high_T1 = (side_R[requests.request_T][:, None] for side_R in past_range(views, shard, requests))
     sum_KTC, count_KTC = replay(views, requests, low_T1, high_T1, snapshots)
     return sum_KTC[0], count_KTC[0]
-
-
-def _statistics_at(snapshots: ChannelSnapshots, statistics: StatisticsSnapshots, state_C: np.ndarray) -> ItemStatistics:
-    """Item statistics at the latest watermark of a state's snapshots; empty ones where it has none."""
-    watermarks = [snapshots.watermark_ms(channel, int(number)) for channel, number in enumerate(state_C)]
-    return statistics.at(max((w for w in watermarks if w is not None), default=None))
 
 
 LIST_MEANS = ("top_score", "mean_score", "list_popularity", "list_age_s", "list_watch_s")

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,8 @@ T0 = 1_650_000_000_000
 
 
 @pytest.fixture(scope="module")
-def executor(tmp_path_factory):
-    """One Ray for the whole module, with two CPUs."""
-    import ray
-
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "PYTHONPATH")}
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             object_store_memory=200 << 20)
-    yield RayExecutor()
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+def executor(two_cpus):
+    return RayExecutor()
 
 
 def log_rows(size: int = 4000, seed: int = 0) -> dict:

@@ -1,7 +1,6 @@
 """The replay stage on a local Ray: the same bytes as one process writes, and a worker's error as it is."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,19 +15,8 @@ from made_replay import config_of, files_of, made_run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def executor():
-    """One Ray for the whole module, with two CPUs."""
-    import ray
-
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "PYTHONPATH")}
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             object_store_memory=200 << 20)
-    yield RayExecutor()
-    ray.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+def executor(two_cpus):
+    return RayExecutor()
 
 
 def test_ray_and_one_process_write_the_same_bytes(executor, tmp_path, capsys):

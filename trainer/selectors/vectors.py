@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
+from trainer.item_value import splitmix64
 from trainer.neighbors import NeighborLists
 
 WIDTH = 128
@@ -38,16 +39,7 @@ def _add_signs(row_I, offset_N1, neighbor_L, vector_ID, by_row=False):  # pragma
         for place in range(begin, end):
             weight = np.float32(1.0 / np.sqrt(1.0 + (place - begin)))
             for word in range(vector_ID.shape[1] // 64):
-                bits = _mixed(np.uint64(neighbor_L[place]) * np.uint64(64) + np.uint64(word))
+                bits = splitmix64(np.uint64(neighbor_L[place]) * np.uint64(64) + np.uint64(word))
                 for bit in range(64):
                     sign = (bits >> np.uint64(bit)) & np.uint64(1)
                     vector_ID[i, word * 64 + bit] += weight if sign else -weight
-
-
-@numba.njit(cache=True, nogil=True)
-def _mixed(x):  # pragma: no cover - compiled
-    """SplitMix64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
