@@ -92,7 +92,7 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
         _put_in_place(attempt, target, manifest, replace)
         _flush(target.parent)
     except Exception as error:
-        if _says_disk_full(error):
+        if says_disk_full(error):
             raise InputError(f"{target}: the disk is full; nothing was published, make room and run again") from (
                 error
             )
@@ -215,7 +215,7 @@ def _open_attempt(target: Path) -> tuple[Path, int]:
         try:
             attempt.mkdir()
         except OSError as error:
-            if _says_disk_full(error):
+            if says_disk_full(error):
                 raise InputError(f"{target}: the disk is full; nothing was published") from error
             raise
         try:
@@ -344,6 +344,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _says_disk_full(error: BaseException) -> bool:
+def says_disk_full(error: BaseException) -> bool:
+    """Whether an error came of a full disk, from whichever library it came."""
     # Libraries that write from C++ or Rust raise errors of their own, with the system's words in them.
     return getattr(error, "errno", None) in _DISK_FULL or "No space left on device" in str(error)

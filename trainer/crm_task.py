@@ -7,6 +7,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,16 @@ from embeddings.tables import ShardedTables
 from trainer.batches import WindowBatch
 from trainer.crm import CrmModel, FeatureSizes, table_specs
 from trainer.crm_data import CrmData
-from trainer.loop import Forward, Position, Settings, Write
-from trainer.rebuild import CHOOSES_AT, IndexRebuilder, PublishedIndex, encode_items, encode_requests
+from trainer.loop import Forward, Pending, Position, Settings, Write
+from trainer.rebuild import (
+    CHOOSES_AT,
+    IndexRebuilder,
+    PublishedIndex,
+    Rebuild,
+    Version,
+    encode_items,
+    encode_requests,
+)
 from trainer.windows import EpochPlan
 from trainer.workers import Workers
 
@@ -73,10 +83,11 @@ class CrmTask:
             rng = np.random.default_rng([self.seed, epoch, step, 0x636F6E64])
             yield collation.window_batch(features, mine, rng)
 
-    def after_epoch(self, forward: Forward, position: Position) -> None:
+    def after_epoch(self, forward: Forward, position: Position) -> dict[str, Any]:
         """Takes the vectors of this epoch, collectively, and leaves the rest to the rebuilder's thread."""
         data, workers = self.data, self._workers
         watermark_ms = self._passes[position.epoch - 1][1]
+        version = Version(position.epoch, position.global_step, int(watermark_ms))
         began = time.perf_counter()
         rows = data.index_rows(watermark_ms)
         validation = data.validation
@@ -89,16 +100,21 @@ class CrmTask:
                                          validation, data.config.crm.tower.history, condition_Q, workers)
         if self._rebuilder is not None:
             queries_QD = vectors_ND[:0] if queries_QD is None else queries_QD
-            self._rebuilder.submit(vectors_ND, np.asarray(data.catalogue.item_id_N)[rows], queries_QD,
-                                   epoch=position.epoch, step=position.global_step, watermark_ms=watermark_ms)
+            self._rebuilder.submit(Rebuild(version, vectors_ND, np.asarray(data.catalogue.item_id_N)[rows],
+                                           queries_QD))
         self._write("vectors", model=self.name, epoch=position.epoch, step=position.global_step,
                     items=len(rows), seconds=time.perf_counter() - began)
+        return asdict(version)
 
     def results(self, count: int) -> list[PublishedIndex]:
         return self._rebuilder.results(count)
 
-    def is_busy(self) -> bool:
-        return self._rebuilder.is_busy()
+    def pending(self) -> Pending | None:
+        rebuild = self._rebuilder.pending()
+        return None if rebuild is None else Pending(asdict(rebuild.version), rebuild.arrays())
+
+    def begin_again(self, pending: Pending) -> None:
+        self._rebuilder.submit(Rebuild(Version(**pending.facts), **pending.arrays))
 
     def best(self, results: Sequence[PublishedIndex]) -> PublishedIndex | None:
         """The epoch with the best validation recall@100; the last one where nothing was validated."""

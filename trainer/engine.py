@@ -261,10 +261,12 @@ def gather_dense(engine: DenseEngine) -> tuple[dict[str, Tensor], int]:
         optimizer steps taken, 0 for sgd. Training may go on while the copies are written.
     """
     step = _optimizer_step(engine)
-    if step > 0:
-        _link_moments(engine)
     tensors: dict[str, Tensor] = {}
     keep = dist.get_rank() == 0
+    if engine.spec.zero_stage == 0 and not keep:
+        return tensors, step  # every rank has all, so there is nothing to gather
+    if step > 0:
+        _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
         tensor = _whole_parameter(engine, parameter)
         if keep:
@@ -486,7 +488,9 @@ def _whole_parameter(engine: DenseEngine, parameter: nn.Parameter) -> Tensor:
 
     if engine.spec.zero_stage > 0 and parameter.requires_grad:
         return safe_get_full_fp32_param(parameter)
-    with GatheredParameters([parameter], enabled=engine.spec.zero_stage == 3):
+    if engine.spec.zero_stage < 3:
+        return parameter.detach()
+    with GatheredParameters([parameter]):
         return parameter.detach().clone()
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from embeddings.snapshots import verify
 from embeddings.tables import Lookup, ShardedTables
 from trainer import checkpoint
 from trainer.batches import ItemBatch, Prefetched
+from trainer.checkpoint import CheckpointSaver
 from trainer.engine import DenseEngine, EngineSpec
 from trainer.events import memory_mib
 from trainer.results import write_whole
@@ -82,6 +83,18 @@ class Result(Protocol):
 
 
 @dataclass(frozen=True)
+class Pending:
+    """What follows an epoch and was not settled when a checkpoint was taken.
+
+    facts: JSON that names it; `step` is the global step of the epoch's end. arrays: all that it is made of; empty in
+    the checkpoint of the epoch's end itself, whose towers are what it is made of.
+    """
+
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a task's two halves are trained. batch_rows: of a global batch. learning_rate, weight_decay: of the towers.
     table_learning_rate: of the tables. rates_are: the config keys of both rates, for messages."""
@@ -126,14 +139,19 @@ class Task(Protocol):
     def batches(self, plan: Plan, epoch: int, first_step: int, workers: Workers) -> Iterator[Batch]:
         """This worker's share of the epoch's batches from `first_step` on; called on a thread."""
 
-    def after_epoch(self, forward: Forward, position: Position) -> None:
-        """Begins what follows an epoch: an index, a validation. Collective; it may end behind the back of training."""
+    def after_epoch(self, forward: Forward, position: Position) -> Mapping[str, Any]:
+        """Begins what follows an epoch: an index, a validation. Collective; it may end behind the back of training.
+        Returns the facts that name it (`Pending.facts`)."""
 
     def results(self, count: int) -> list[Result]:
         """Of the first `count` epochs that `after_epoch` was called for here, waiting for them. First worker only."""
 
-    def is_busy(self) -> bool:
-        """Whether something that `after_epoch` began is under way. First worker only."""
+    def pending(self) -> Pending | None:
+        """What `after_epoch` began last, if it is under way. First worker only."""
+
+    def begin_again(self, pending: Pending) -> None:
+        """Begins, in a run that continues, what was pending when it was broken off; it then counts as what
+        `after_epoch` began. First worker only."""
 
     def best(self, results: Sequence[Result]) -> Result | None:
         """The epoch to keep."""
@@ -159,7 +177,7 @@ class Trained:
 class _Running:
     """The parts of one model while it trains. `results`: what epochs came to as far as it is settled, the same on all
     workers; `begun`: epochs followed up, of which the last may still be under way. trained_s: seconds of training that
-    earlier processes put into it."""
+    earlier processes put into it. pending: what the checkpoint that the run continues from left unsettled."""
 
     task: Task
     workers: Workers
@@ -170,6 +188,8 @@ class _Running:
     total_steps: int
     results: list[Result]
     trained_s: float
+    pending: Pending | None
+    saver: CheckpointSaver
 
     def __post_init__(self) -> None:
         self.begun = self.resumed = len(self.results)
@@ -221,23 +241,23 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
     is_trained = position.epoch == len(plans)
     try:
         task.start(workers, write)
-        if running.begun < position.epoch:
-            # The run ended between a checkpoint and what follows; the towers are still those of that epoch.
-            _follow_up(running, position)
-        while position.epoch < len(plans) and not _out_of_patience(running):
+        _begin_again(running, position)
+        while position.epoch < len(plans) and not _out_of_patience(running, position):
             _train_epoch(running, plans[position.epoch], position)
             position.epoch, position.step = position.epoch + 1, 0
-            _follow_up(running, position)
-            _save(running, position, settled=running.begun - 1)
+            facts = _follow_up(running, position)
+            _save(running, position, settled=running.begun - 1, pending=Pending(facts, {}))
+        running.saver.wait()
         _settle(running, running.begun)
         _keep_results(running, len(plans))
     finally:
+        running.saver.close()
         running.engine.close()
         task.close()
     best = running.best
     kept = task.folder / f"step-{best.step}"
     if workers.first:
-        checkpoint.prune(task.folder, task.config.train.keep_checkpoints, {kept})
+        checkpoint.prune(task.folder, task.config.train.keep_checkpoints, {kept}, until=position.global_step)
     seconds = running.trained_s + (0.0 if is_trained else time.perf_counter() - running.began)
     return Trained(task.model_name, task.seed, running.results, best, str(kept), seconds,
                    sum(plan.rows for plan in plans))
@@ -274,15 +294,18 @@ def _start(task: Task, plans: Sequence[Plan], workers: Workers, write: Write) ->
         weight_decay=settings.weight_decay if train.optimizer == "adamw" else 0.0,
         gradient_clip_norm=train.gradient_clip_norm,
         rows_per_rank_step=max(1, settings.batch_rows // workers.count)), device=workers.device)
-    position, results = Position(), []
+    position, results, pending = Position(), [], None
     if newest is not None:
         checkpoint.load_into_engine(newest, engine)
         position = Position(state["epoch"], state["step"], state["global_step"])
         results = [task.result_type(**result) for result in state[task.results_key]]
+        arrays = workers.on_first(lambda: checkpoint.read_pending(newest))
+        pending = Pending(state["pending"], arrays or {}) if state.get("pending") else None
         write("resume", model=task.name, checkpoint=newest.name, epoch=position.epoch, step=position.step,
               global_step=position.global_step)
+    saver = CheckpointSaver(task.folder, workers, keep_newest=train.keep_checkpoints, limit_s=train.timeout_s)
     return _Running(task, workers, write, tables, engine, len(plans), sum(plan.steps for plan in plans), results,
-                    0.0 if newest is None else state["trained_s"]), position
+                    0.0 if newest is None else state["trained_s"], pending, saver), position
 
 
 def _keep_results(running: _Running, epochs: int) -> None:
@@ -307,24 +330,28 @@ def _with_results(task: Task, state: dict) -> dict:
 
 
 def _newest_checkpoint(task: Task, workers: Workers, write: Write):
-    """The newest checkpoint that is whole and of this run, and its state; the first worker decides for all."""
-    chosen = None
-    if workers.first:
-        expected = task.fingerprint()
+    """The newest checkpoint that is whole and of this run, and its state; the first worker decides for all. Nothing is
+    loaded before all its files were checked."""
+    def choose():
+        expected, damaged = task.fingerprint(), 0
         for path in reversed(checkpoint.checkpoints(task.folder)):
             try:
                 state = checkpoint.read_state(path)
             except WatchtowerError as error:
+                damaged += 1
                 write("warning", model=task.name,
                       message=f"{path.name} is damaged, the one before is used: {error}")
                 continue
-            if state["fingerprint"] == expected:
-                chosen = (path, _with_results(task, state))
-                break
+            if state.get("fingerprint") == expected:
+                return path, _with_results(task, state)
             write("warning", model=task.name, message=f"{path.name} is of another config or other logs; it is deleted")
             shutil.rmtree(path)
-    chosen = workers.agree(chosen)
-    return (None, None) if chosen is None else chosen
+        if damaged:
+            write("warning", model=task.name, message=f"no checkpoint in {task.folder} is whole; training starts from "
+                                                      "nothing")
+        return None, None
+
+    return workers.agree(workers.on_first(choose))
 
 
 def _train_epoch(running: _Running, plan: Plan, position: Position) -> None:
@@ -341,11 +368,8 @@ def _train_epoch(running: _Running, plan: Plan, position: Position) -> None:
         position.global_step += 1
         log.step(loss)
         every = train.checkpoint_every_steps
-        due = every and position.global_step % every == 0 and position.step < plan.steps
-        # A checkpoint holds the results of all epochs before it. Training does not wait for one that is under way;
-        # the next checkpoint comes soon enough.
-        if due and not workers.agree(workers.first and task.is_busy()):
-            _save(running, position, settled=running.begun)
+        if every and position.global_step % every == 0 and position.step < plan.steps:
+            _save_amid(running, position)
 
 
 def _looked_up(running: _Running, batches) -> Iterator[tuple[Batch, Lookup, Lookup | None]]:
@@ -365,8 +389,10 @@ def _step(running: _Running, batch: Batch, lookup: Lookup, upcoming: Lookup | No
     """One step on all workers: the mean loss of the global batch. A loss that is not finite changes nothing."""
     _set_learning_rate(running, position.global_step)
     loss, _ = running.engine("loss", batch, lookup.rows())
-    mean = running.workers.mean(loss)
+    # Whose save failed makes the mean not finite, and so all workers hear of it in a collective that is there anyway.
+    mean = running.workers.mean(loss if running.saver.error is None else torch.full_like(loss, math.nan))
     if not math.isfinite(mean):
+        running.saver.raise_together()
         _stop_not_finite(running, batch, position, "loss", not math.isfinite(float(loss)))
     if upcoming is not None:
         upcoming.send()
@@ -415,10 +441,22 @@ def _judging(engine: DenseEngine):
         engine.train()
 
 
-def _follow_up(running: _Running, position: Position) -> None:
-    """Begins what follows the epoch that has just ended, from the towers as they are. Collective."""
+def _follow_up(running: _Running, position: Position) -> Mapping[str, Any]:
+    """Begins what follows the epoch that has just ended, from the towers as they are; the facts of it. Collective."""
     with _judging(running.engine):
-        running.task.after_epoch(running.forward, position)
+        facts = running.task.after_epoch(running.forward, position)
+    running.begun += 1
+    return facts
+
+
+def _begin_again(running: _Running, position: Position) -> None:
+    """What follows the last epoch, where the run ended before that was settled. Collective."""
+    if running.begun == position.epoch:
+        return
+    if position.step == 0:  # the towers are still those of that epoch
+        _follow_up(running, position)
+        return
+    running.workers.on_first(lambda: running.task.begin_again(running.pending))
     running.begun += 1
 
 
@@ -440,30 +478,39 @@ def _settle(running: _Running, count: int) -> None:
     running.results = running.results[:running.resumed] + [task.result_type(**result) for result in found]
 
 
-def _save(running: _Running, position: Position, settled: int) -> None:
-    """A checkpoint at this position, with the results of the first `settled` epochs: all but one that was begun right
-    here, from these very towers, and can be begun again."""
+def _save_amid(running: _Running, position: Position) -> None:
+    """A checkpoint in the middle of an epoch. Training does not wait for what follows the epoch before: where that is
+    under way, the checkpoint keeps what it is made of. Collective."""
+    pending = running.task.pending() if running.workers.first else None
+    is_pending = running.workers.agree(pending is not None)
+    _save(running, position, settled=running.begun - is_pending, pending=pending)
+
+
+def _save(running: _Running, position: Position, settled: int, pending: Pending | None) -> None:
+    """Begins a checkpoint at this position, with the results of the first `settled` epochs and, on the first worker,
+    what is pending of the one behind them. Collective."""
     _settle(running, settled)
-    task = running.task
-    state = {"epoch": position.epoch, "step": position.step, "global_step": position.global_step,
-             "model": task.model_name, "seed": task.seed, "fingerprint": task.fingerprint(),
+    task, epoch, step = running.task, position.epoch, position.global_step
+    state = {"epoch": epoch, "step": position.step, "global_step": step, "model": task.model_name, "seed": task.seed,
+             "fingerprint": task.fingerprint(),
              "trained_s": running.trained_s + time.perf_counter() - running.began,
+             "pending": None if pending is None else dict(pending.facts),
              task.results_key: [result.as_json() for result in running.results]}
-    began = time.perf_counter()
-    checkpoint.save_checkpoint(task.folder / f"step-{position.global_step}", running.tables, running.engine, state,
-                               running.workers)
-    if running.workers.first:
-        best = running.best
-        checkpoint.prune(task.folder, running.config.train.keep_checkpoints,
-                         set() if best is None else {task.folder / f"step-{best.step}"})
-    running.write("checkpoint", model=running.name, epoch=position.epoch, step=position.global_step,
-                  seconds=time.perf_counter() - began)
+    also = [] if running.best is None else [running.best.step]
+    if pending is not None:  # it may turn out the best one
+        also.append(pending.facts["step"])
+    running.saver.save(
+        running.tables, running.engine, state, {} if pending is None else pending.arrays,
+        also={task.folder / f"step-{kept}" for kept in also},
+        told=lambda **seconds: running.write("checkpoint", model=running.name, epoch=epoch, step=step, **seconds))
 
 
-def _out_of_patience(running: _Running) -> bool:
-    """Whether as many settled epochs as `train.patience` have gone by since the best one."""
-    patience, best = running.config.train.patience, running.best
-    return patience is not None and best is not None and running.results[-1].epoch - best.epoch >= patience
+def _out_of_patience(running: _Running, position: Position) -> bool:
+    """Whether as many epochs as `train.patience` have gone by since the best one. The epoch that has just ended is
+    never among them, so the answer does not depend on how fast its index was built."""
+    results = running.results[:max(0, position.epoch - 1)]
+    patience, best = running.config.train.patience, running.task.best(results)
+    return patience is not None and best is not None and results[-1].epoch - best.epoch >= patience
 
 
 class StepLog:

@@ -147,6 +147,31 @@ def search_rows(index: ItemIndex, query_QD: np.ndarray, k: int, item_ids_N: np.n
     return np.where(found_QK == -1, -1, rows_QK)
 
 
+@dataclass(frozen=True)
+class Version:
+    """Which index of a model and seed. epoch, step: of the towers it is made with. watermark_ms: nothing at or after it
+    was trained on."""
+
+    epoch: int
+    step: int
+    watermark_ms: int
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """All that an index is made of, once the vectors are taken. vectors_ND, query_QD: float32, of the items and of the
+    validation requests. item_ids_N: int64."""
+
+    version: Version
+    vectors_ND: np.ndarray
+    item_ids_N: np.ndarray
+    query_QD: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name, as a checkpoint keeps them."""
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in ("vectors_ND", "item_ids_N", "query_QD")}
+
+
 class IndexRebuilder:
     """Publishes and judges indexes behind the back of the training loop, one at a time and in order.
 
@@ -160,13 +185,13 @@ class IndexRebuilder:
         self._validation, self._item_ids_N, self._on_result = validation, item_ids_N, on_result
         self._at = sorted({*at, CHOOSES_AT})
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watchtower-index")
-        self._pending: list[Future] = []
+        self._begun: list[Future] = []
+        self._under_way: dict[Version, Rebuild] = {}
 
-    def submit(self, vectors_ND: np.ndarray, item_ids_N: np.ndarray, query_QD: np.ndarray, *, epoch: int, step: int,
-               watermark_ms: int) -> None:
+    def submit(self, rebuild: Rebuild) -> None:
         """Hands the vectors over; returns at once."""
-        self._pending.append(self._thread.submit(self._rebuild, vectors_ND, item_ids_N, query_QD, epoch, step,
-                                                 watermark_ms))
+        self._under_way[rebuild.version] = rebuild
+        self._begun.append(self._thread.submit(self._done, rebuild))
 
     def results(self, wait_for: int) -> list[PublishedIndex]:
         """The results of the first `wait_for` rebuilds, waiting for them if need be.
@@ -174,26 +199,33 @@ class IndexRebuilder:
         Raises:
             QualityGateError, WatchtowerError: what a rebuild ended with.
         """
-        return [future.result() for future in self._pending[:wait_for]]
+        return [future.result() for future in self._begun[:wait_for]]
 
-    def is_busy(self) -> bool:
-        """Whether a rebuild is under way or waits."""
-        return any(not future.done() for future in self._pending)
+    def pending(self) -> Rebuild | None:
+        """The last rebuild, while it is under way or waits."""
+        return next(reversed(list(self._under_way.values())), None)
 
     def all_results(self) -> list[PublishedIndex]:
-        return self.results(len(self._pending))
+        return self.results(len(self._begun))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _rebuild(self, vectors_ND, item_ids_N, query_QD, epoch, step, watermark_ms) -> PublishedIndex:
+    def _done(self, rebuild: Rebuild) -> PublishedIndex:
+        try:
+            return self._rebuild(rebuild.version, rebuild.vectors_ND, rebuild.item_ids_N, rebuild.query_QD)
+        finally:
+            del self._under_way[rebuild.version]
+
+    def _rebuild(self, version: Version, vectors_ND: np.ndarray, item_ids_N: np.ndarray,
+                 query_QD: np.ndarray) -> PublishedIndex:
         began = time.perf_counter()
         # Spread over the requests, so that the sample is of many users.
         sample_QD = query_QD[:: max(1, len(query_QD) // self._config.recall_queries)][:self._config.recall_queries]
         if not len(sample_QD):
             sample_QD = vectors_ND[:self._config.recall_queries]
-        folder, facts = publish_index(self._parent, vectors_ND, item_ids_N, self._config, epoch=epoch, step=step,
-                                      watermark_ms=watermark_ms, sample_QD=sample_QD, provenance=self._provenance)
+        folder, facts = publish_index(self._parent, vectors_ND, item_ids_N, self._config, **asdict(version),
+                                      sample_QD=sample_QD, provenance=self._provenance)
         validation: dict[str, float] = {}
         if len(query_QD):
             verify(folder)
@@ -202,7 +234,7 @@ class IndexRebuilder:
             metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1,
                                                   self._validation.relevant_rows), self._at)
             validation = {name: float(np.nanmean(values)) for name, values in metrics.items()}
-        result = PublishedIndex(folder=str(folder.relative_to(self._run_dir)), epoch=epoch, step=step,
-                                watermark_ms=watermark_ms, items=len(item_ids_N), validation=validation, **facts)
+        result = PublishedIndex(folder=str(folder.relative_to(self._run_dir)), **asdict(version),
+                                items=len(item_ids_N), validation=validation, **facts)
         self._on_result(result, time.perf_counter() - began)
         return result

@@ -42,7 +42,7 @@ from embeddings.tables import ShardedTables
 from trainer.catr import CatrModel
 from trainer.crm import FeatureSizes, table_specs
 from trainer.item_value import FOLDER
-from trainer.loop import Forward, Position, Settings, Trained, Write, load_towers
+from trainer.loop import Forward, Pending, Position, Settings, Trained, Write, load_towers
 from trainer.router_data import RouterBatch, RouterData, RouterPlan
 from trainer.sequences import test_users_identity
 from trainer.workers import Workers
@@ -137,7 +137,7 @@ class RouterTask:
     def batches(self, plan: RouterPlan, epoch: int, first_step: int, workers: Workers) -> Iterator[RouterBatch]:
         return self.data.batches(plan, self.model, workers.rank, workers.count, first_step)
 
-    def after_epoch(self, forward: Forward, position: Position) -> None:
+    def after_epoch(self, forward: Forward, position: Position) -> dict[str, Any]:
         """Validates the router as it is."""
         began = time.perf_counter()
         beta = self.config.routing.beta if self.model.diversity else 0.0
@@ -146,12 +146,17 @@ class RouterTask:
         self._write("epoch", model=self.name, epoch=position.epoch, step=position.global_step,
                     seconds=time.perf_counter() - began,
                     **{f"validation_{name}": value for name, value in metrics.items()})
+        return {"epoch": position.epoch, "step": position.global_step}
 
     def results(self, count: int) -> list[RouterEpoch]:
         return self._done[:count]
 
-    def is_busy(self) -> bool:
-        return False
+    def pending(self) -> None:
+        """A validation is over when `after_epoch` returns."""
+
+    def begin_again(self, pending: Pending) -> None:
+        raise WatchtowerError(f"{self.name}: the checkpoint names a validation that is under way, {pending.facts}; "
+                              "routers have none. Delete this checkpoint, the one before it will be used")
 
     def best(self, results: Sequence[RouterEpoch]) -> RouterEpoch | None:
         """The epoch with the best captured value; the last one where nothing was validated."""

@@ -150,7 +150,7 @@ def trained(folder, case, workers, stop=None, model=0):
             told["validation"][fields["step"]] = {k: v for k, v in fields.items() if k.startswith("validation_")}
         if event == "resume":
             told["resumed"].append(fields["global_step"])
-        if stop is not None and event == "checkpoint" and fields["step"] == stop:
+        if event == "train_step" and fields["step"] == stop:
             raise Stopped
 
     scored_before = workers.agree(is_scored(task))
@@ -172,7 +172,7 @@ def two_workers(rank, world, folder):
     workers = Workers.joined(torch.device("cpu"))
     told["whole"] = trained(folder, "whole", workers)
     told["bare"] = trained(folder, "bare", workers, model=1)
-    told["first"] = trained(folder, "broken", workers, stop=STOP_MID)
+    told["first"] = trained(folder, "broken", workers, stop=STOP_MID + 1)
     told["second"] = trained(folder, "broken", workers)
     return told
 

@@ -1,9 +1,13 @@
 """Training on real processes: the loop with its checkpoints, indexes and evaluation, broken off and taken up again.
 
-Two spawns (2 and 1 ranks) run all cases; the tests then look at what they brought back.
+Three spawns (2, 1 and 4 ranks) run all cases; the tests then look at what they brought back.
 """
 
+import errno
+import hashlib
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +131,7 @@ class Run:
 
     def told(self):
         return {"losses": {f["step"]: f["loss"] for e, f in self.events if e == "train_step"},
+                "saved": [f for e, f in self.events if e == "checkpoint"],
                 "resumed": [f["global_step"] for e, f in self.events if e == "resume"],
                 "warnings": [f["message"] for e, f in self.events if e == "warning"],
                 "indexes": self.indexes(), "checkpoints": self.checkpoints()}
@@ -140,17 +145,40 @@ class Run:
         return sorted(p.name for p in self.folder.glob("checkpoints/*/seed=*/step-*"))
 
 
-def at_checkpoint(step):
-    return lambda event, fields: event == "checkpoint" and fields["step"] == step
-
-
 def after_step(step):
+    """Before the save that falls due there, behind the one of the step before."""
     return lambda event, fields: event == "train_step" and fields["step"] == step
+
+
+def stopped_with_a_pending_index(run, config, built_at, stop_at, **named):
+    """Trains until `stop_at`; the index of the epoch that ended at step `built_at` never comes to an end."""
+    from trainer import rebuild
+
+    publish, over = rebuild.publish_index, threading.Event()
+
+    def held(*args, **named):
+        if named["step"] == built_at:
+            over.wait(200)
+            raise OSError("killed")
+        return publish(*args, **named)
+
+    def stop(event, fields):
+        if after_step(stop_at)(event, fields):
+            over.set()
+        return over.is_set()
+
+    rebuild.publish_index = held
+    try:
+        run.train(config, TRANSFORMER, stop, **named)
+    finally:
+        over.set()
+        rebuild.publish_index = publish
 
 
 def two_workers(rank, workers, root):
     told = {}
-    for case in (whole, broken_off, without_its_index, damaged, portable, not_finite, few_rows, daily, evaluated):
+    for case in (whole, broken_off, while_an_index_is_built, without_its_index, failing_saves, damaged, portable,
+                 not_finite, few_rows, daily, evaluated):
         told |= case(root, rank, workers)
     return told
 
@@ -168,17 +196,69 @@ def whole(root, rank, workers):
 
 
 def broken_off(root, rank, workers):
-    """Right behind a checkpoint of the second epoch; and two steps behind it, which are done again."""
+    """Directly before and behind a checkpoint of the second epoch."""
     told = {}
-    for case, stop in (("at-checkpoint", at_checkpoint(STOP_MID)), ("behind-it", after_step(STOP_MID + 2))):
+    for case, stop in (("before-it", STOP_MID), ("behind-it", STOP_MID + 1)):
         run = Run(root, "world", case, rank, workers)
-        run.train(config_of(case), TRANSFORMER, stop)
+        run.train(config_of(case), TRANSFORMER, after_step(stop))
         first = run.told()
         run.train(config_of(case), TRANSFORMER)
         told[case] = {"first": first, "second": run.told()}
     run.train(config_of(case), TRANSFORMER)  # once more, when all is done
     told["done"] = run.told()
     return told
+
+
+def while_an_index_is_built(root, rank, workers):
+    """The index of the first epoch is being built when the run ends in the second one, behind two checkpoints."""
+    run = Run(root, "world", "pending", rank, workers)
+    config = config_of("pending", keep_checkpoints=1)
+    data = run.data(config)
+    ends = data.plan(TRANSFORMER, 0, 0, data.slices[0]).steps
+    stopped_with_a_pending_index(run, config, ends, STOP_MID + 1, data=data)
+    first = run.told() | {"state": json.loads(
+        (run.folder / "checkpoints/dt/seed=0" / f"step-{STOP_MID}" / "state.json").read_text())}
+    trained = run.train(config_of("pending"), TRANSFORMER)
+    return {"pending": {"first": first, "second": run.told() | {"best": trained.best.as_json(), "indexes of": [
+        index.as_json() for index in trained.results]}}}
+
+
+def failing_saves(root, rank, workers):
+    """The second save fails, on one worker or the other; the first one takes until training is two steps ahead."""
+    from configs.errors import WatchtowerError
+    from trainer import checkpoint
+
+    told, publish, write_state = {}, checkpoint.publish, checkpoint.write_state
+    for case, bad in (("save-fails-first", 0), ("save-fails-last", 1)):
+        run, ahead = Run(root, "world", case, rank, workers), threading.Event()
+
+        def published(folder, *args, ahead=ahead, bad=bad, **named):
+            assert folder.name != "step-4" or ahead.wait(200)
+            if folder.name == "step-8" and bad == 0:
+                raise OSError("the machine went away")
+            return publish(folder, *args, **named)
+
+        def written(state, folder, rank, bad=bad):
+            if folder.name.startswith(".step-8.") and rank == bad == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write_state(state, folder, rank)
+
+        def stop(event, fields, ahead=ahead):
+            if after_step(6)(event, fields):
+                ahead.set()
+
+        checkpoint.publish, checkpoint.write_state, error = published, written, None
+        try:
+            run.train(config_of(case), TRANSFORMER, stop)
+        except WatchtowerError as failed:
+            error = (type(failed).__name__, str(failed))
+        finally:
+            checkpoint.publish, checkpoint.write_state = publish, write_state
+        told[case] = run.told() | {"error": error, "left": sorted(
+            path.name for path in (run.folder / "checkpoints/dt/seed=0").iterdir())}
+    run.workers.barrier()
+    run.train(config_of(case), TRANSFORMER)
+    return told | {"save-again": run.told()}
 
 
 def without_its_index(root, rank, workers):
@@ -206,7 +286,7 @@ def without_its_index(root, rank, workers):
 
 def damaged(root, rank, workers):
     run = Run(root, "world", "damaged", rank, workers)
-    run.train(config_of("damaged"), TRANSFORMER, at_checkpoint(STOP_MID))
+    run.train(config_of("damaged"), TRANSFORMER, after_step(STOP_MID + 1))
     first = run.told()
     if rank == 0:
         victim = max((run.folder / "checkpoints/dt/seed=0" / f"step-{STOP_MID}").glob("*.safetensors"))
@@ -225,8 +305,34 @@ def portable(root, rank, workers):
         run.train(config_of("two", dropout=0.0), model)
         told[run.folder.name] = run.told()
         run = Run(root, "world", f"moved-{model.name}", rank, workers)
-        run.train(config_of("two", dropout=0.0), model, at_checkpoint(STOP_MID))
+        run.train(config_of("two", dropout=0.0), model, after_step(STOP_MID + 1))
+        if rank == 0:
+            shutil.copytree(run.folder, root / "runs" / f"spread-{model.name}", symlinks=True)
+        run.workers.barrier()
+        told[f"loaded-{model.name}"] = loaded(run, model)
     return told
+
+
+def loaded(run, model):
+    """What the newest checkpoint gives here: a digest of every parameter and moment, and the rows of the windows that
+    this worker still trains on in that epoch."""
+    from embeddings.tables import gather_full
+    from trainer import loop
+    from trainer.crm_task import CrmTask
+    from trainer.engine import gather_dense
+
+    data = run.data(config_of("two", dropout=0.0))
+    task = CrmTask(data, model, 0)
+    running, position = loop._start(task, task.plans(), run.workers, silent)
+    tensors, steps = gather_dense(running.engine)
+    for kind in ("weight", "momentum"):
+        tensors |= {f"{name}.{kind}": tensor for name, tensor in gather_full(running.tables, kind).items()}
+    running.engine.close()
+    rows = [[(int(begin), int(end)) for _, windows in batch.parts
+             for begin, end in zip(windows.begin_W, windows.end_W, strict=True)]
+            for batch in task.plans()[position.epoch].batches(run.workers.rank, run.workers.count, position.step)]
+    return {"step": (position.epoch, position.step, position.global_step, steps), "rows": rows, "tensors": {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}}
 
 
 def not_finite(root, rank, workers):
@@ -237,7 +343,7 @@ def not_finite(root, rank, workers):
     for case in ("content", "gradient"):
         run = Run(root, "world", f"nan-{case}", rank, workers)
         config = config_of(case)
-        run.train(config, MLP, at_checkpoint(4))
+        run.train(config, MLP, after_step(5))
         data, heal = run.data(config), lambda: None
         before = {p.name: p.read_bytes() for p in sorted(run.folder.glob("checkpoints/*/seed=0/step-4/*"))}
         if case == "content":
@@ -304,7 +410,16 @@ def daily(root, rank, workers):
         data = run.data(config)
         run.train(config, TRANSFORMER, data=data)
         told[f"daily-{world}"] = run.told() | {"ends": [end for _, end in data.slices]}
-    return told
+    # In the middle of the second pass over the second slice, with the index of the first pass under way.
+    run = Run(root, "same", "daily-broken", rank, workers)
+    config = config_of("daily", slices="daily", epochs=2, decay="none", checkpoint_every_steps=1)
+    data = run.data(config)
+    ends = [sum(data.plan(TRANSFORMER, 0, epoch, data.slices[epoch // 2]).steps for epoch in range(count))
+            for count in (3, 4)]
+    stopped_with_a_pending_index(run, config, ends[0], ends[0] + 3, data=data)
+    first = run.told()
+    run.train(config, TRANSFORMER)
+    return told | {"daily-broken": {"first": first, "second": run.told(), "ends": ends}}
 
 
 def silent(event, **fields):
@@ -339,9 +454,17 @@ def one_worker(rank, workers, root):
     told = {}
     for model in (TRANSFORMER, MLP):
         run = Run(root, "world", f"moved-{model.name}", rank, workers)
+        told[f"loaded-{model.name}"] = loaded(run, model)
         run.train(config_of("two", dropout=0.0), model)
         told[run.folder.name] = run.told()
     return told | few_rows(root, rank, workers)
+
+
+def four_workers(rank, workers, root):
+    run = Run(root, "world", "spread-dt", rank, workers)
+    told = {"loaded-dt": loaded(run, TRANSFORMER)}
+    run.train(config_of("two", dropout=0.0), TRANSFORMER)
+    return told | {"spread-dt": run.told()}
 
 
 def broken_evaluation(root, rank, workers):
@@ -384,6 +507,11 @@ def one(worlds, ranks):
     return run_ranks(1, one_worker, worlds, timeout_s=200)[0]
 
 
+@pytest.fixture(scope="module")
+def four(worlds, ranks):
+    return run_ranks(4, four_workers, worlds, timeout_s=200)
+
+
 # ------------------------------------------------------------------------------------------------- the unbroken run
 
 def mean(values):
@@ -413,11 +541,12 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(two):
 
 # ------------------------------------------------------------------------------------------------------ broken off
 
-@pytest.mark.parametrize("case", ["at-checkpoint", "behind-it"])
+@pytest.mark.parametrize("case", ["before-it", "behind-it"])
 def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(two, case):
     first, second, whole = two[case]["first"], two[case]["second"], two["whole"]
-    assert max(first["losses"]) == (STOP_MID if case == "at-checkpoint" else STOP_MID + 2)
-    assert second["resumed"] == [STOP_MID] and min(second["losses"]) == STOP_MID + 1
+    assert max(first["losses"]) == (STOP_MID if case == "before-it" else STOP_MID + 1)
+    resumed = STOP_MID - 4 if case == "before-it" else STOP_MID
+    assert second["resumed"] == [resumed] and min(second["losses"]) == resumed + 1
     assert first["losses"] | second["losses"] == whole["losses"]  # to the last bit
     assert all(first["losses"][s] == whole["losses"][s] for s in first["losses"])
     assert second["indexes"] == whole["indexes"] and second["checkpoints"] == whole["checkpoints"]
@@ -425,6 +554,48 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(two, case):
 
 def test_a_run_that_is_done_trains_no_step_more(two):
     assert two["done"]["losses"] == {} and two["done"]["indexes"] == two["whole"]["indexes"]
+
+
+def judged(indexes):
+    return [{name: value for name, value in index.items() if name != "build_s"} for index in indexes]
+
+
+def test_an_index_that_was_being_built_is_the_same_after_all(two):
+    """Its checkpoints name it, hold what it is made of, and keep the checkpoint of its epoch, which may be the best."""
+    first, second, whole = two["pending"]["first"], two["pending"]["second"], two["whole"]
+    ends = whole["steps"][0]
+    assert first["indexes"] == {} and first["checkpoints"] == [f"step-{ends}", f"step-{STOP_MID}"]
+    assert first["state"]["pending"] == {"epoch": 1, "step": ends, "watermark_ms": whole["watermark"]}
+    assert first["state"]["indexes"] == [] and second["resumed"] == [STOP_MID]
+    assert first["losses"] | second["losses"] == whole["losses"] and second["checkpoints"] == whole["checkpoints"]
+    assert second["indexes"] == whole["indexes"]  # to the last bit
+    assert judged(second["indexes of"]) == judged(whole["trained"]["indexes"])
+    assert judged([second["best"]]) == judged([whole["trained"]["best"]])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(two):
+    """The first save of both runs ended only behind the sixth step, and says what it took."""
+    saved = two["save-fails-first"]["saved"]
+    assert [f["step"] for f in saved] == [4] and saved[0].keys() >= {"copy_s", "waited_s", "write_s"}
+    steps = [f["step"] for f in two["whole"]["saved"]]
+    assert steps == sorted({*range(4, sum(two["whole"]["steps"]), 4), *np.cumsum(two["whole"]["steps"]).tolist()})
+
+
+@pytest.mark.parametrize("case, kind, what", [
+    ("save-fails-first", "WatchtowerError", "could not be written (OSError('the machine went away'))"),
+    ("save-fails-last", "InputError", "the disk is full")])
+def test_a_save_that_fails_stops_all_workers_with_one_message(ranks, case, kind, what):
+    errors = {told[case]["error"] for told in ranks}
+    assert len(errors) == 1
+    (found, message), = errors
+    assert found == kind and what in message and "step-8" in message
+    assert ranks[0][case]["left"] == ["step-4"] and max(ranks[0][case]["losses"]) < STOP_MID
+
+
+def test_after_a_save_that_failed_the_run_goes_on(two):
+    first, second = two["save-fails-last"], two["save-again"]
+    assert second["resumed"] == [4] and first["losses"] | second["losses"] == two["whole"]["losses"]
+    assert second["indexes"] == two["whole"]["indexes"] and second["checkpoints"] == two["whole"]["checkpoints"]
 
 
 def test_an_epoch_whose_index_is_missing_gets_it(two, ranks):
@@ -454,6 +625,27 @@ def test_a_checkpoint_of_two_workers_goes_on_with_one(one, two, model):
     for step, loss in moved["losses"].items():
         assert loss == pytest.approx(whole["losses"][step], abs=1e-5)
     assert moved["indexes"].keys() == whole["indexes"].keys()
+
+
+def test_a_checkpoint_of_two_workers_goes_on_with_four(four, two):
+    spread, whole = four[0]["spread-dt"], two["two-dt"]
+    assert spread["resumed"] == [STOP_MID] and len(spread["losses"]) == len(whole["losses"]) - STOP_MID
+    assert spread["losses"] == pytest.approx({s: whole["losses"][s] for s in spread["losses"]}, abs=1e-5)
+    assert spread["indexes"].keys() == whole["indexes"].keys()
+
+
+def test_other_numbers_of_workers_load_the_same_and_share_the_rest_of_the_epoch(ranks, one, four):
+    def windows(told):
+        return [sorted(sum(step, [])) for step in zip(*(worker["loaded-dt"]["rows"] for worker in told), strict=True)]
+
+    saved = ranks[0]["loaded-dt"]
+    assert saved["step"][2] == saved["step"][3] == STOP_MID and len(saved["tensors"]) > 20
+    assert len({name.split("/")[0] for name in saved["tensors"] if "/" in name}) >= 3  # parameters and both moments
+    for told in ([one], four):
+        assert told[0]["loaded-dt"]["tensors"] == saved["tensors"]
+        assert told[0]["loaded-dt"]["step"] == saved["step"]
+        assert windows(told) == windows(ranks)
+    assert {len(step) for step in windows(ranks)[:-1]} == {24}
 
 
 # ------------------------------------------------------------------------------------------------------- not finite
@@ -522,6 +714,14 @@ def test_daily_slices_leave_a_snapshot_for_every_end(two):
     assert told["ends"] == [T0 + day * DAY_MS for day in (1, 2, 3, 4)]
     marks = sorted({int(name.split("/")[1].split("-")[0]) for name in told["indexes"]})
     assert marks == told["ends"] and len(told["indexes"]) == 8  # two epochs each
+
+
+def test_a_day_that_was_broken_off_with_its_index_pending_goes_on_as_if_it_had_not_been(two):
+    whole, (built_at, end) = two["daily-same"], two["daily-broken"]["ends"]
+    first, second = two["daily-broken"]["first"], two["daily-broken"]["second"]
+    assert second["resumed"] == [built_at + 2] and built_at + 2 < end
+    assert f"step-{built_at}" in first["checkpoints"] and len(first["indexes"]) == 2
+    assert first["losses"] | second["losses"] == whole["losses"] and second["indexes"] == whole["indexes"]
 
 
 def test_an_index_knows_nothing_at_or_after_its_watermark(two):

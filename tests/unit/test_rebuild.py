@@ -18,7 +18,15 @@ from embeddings.snapshots import list_snapshots, newest, verify
 from trainer import rebuild
 from trainer.batches import Collation, ItemFeatures
 from trainer.conditions import WatchBuckets
-from trainer.rebuild import IndexRebuilder, encode_items, encode_requests, publish_index, search_rows
+from trainer.rebuild import (
+    IndexRebuilder,
+    Rebuild,
+    Version,
+    encode_items,
+    encode_requests,
+    publish_index,
+    search_rows,
+)
 from trainer.requests import sample_requests
 from trainer.workers import Workers
 
@@ -161,8 +169,8 @@ def rebuilder(tmp_path):
 
 
 def submit(rebuilder, epoch, **named):
-    rebuilder.submit(named.get("vectors_ND", vectors(epoch)), IDS_N[1:], named.get("query_QD", queries()), epoch=epoch,
-                     step=10 * epoch, watermark_ms=T0 + epoch * HOUR_MS)
+    rebuilder.submit(Rebuild(Version(epoch, 10 * epoch, T0 + epoch * HOUR_MS), named.get("vectors_ND", vectors(epoch)),
+                             IDS_N[1:], named.get("query_QD", queries())))
 
 
 def test_results_come_in_order_with_validation_through_the_published_files(rebuilder):
@@ -188,11 +196,25 @@ def test_handing_over_does_not_wait_for_the_build(rebuilder, monkeypatch):
 
     monkeypatch.setattr(rebuild, "publish_index", slow)
     began = time.perf_counter()
+    assert rebuilder.pending() is None
     for epoch in (1, 2):
         submit(rebuilder, epoch)
     assert time.perf_counter() - began < 5 and rebuilder.told == [] and rebuilder.results(0) == []
+    pending = rebuilder.pending()
+    assert pending.version == Version(2, 20, T0 + 2 * HOUR_MS) and (pending.vectors_ND == vectors(2)).all()
     go_on.set()
-    assert [r.epoch for r in rebuilder.all_results()] == [1, 2]
+    assert [r.epoch for r in rebuilder.all_results()] == [1, 2] and rebuilder.pending() is None
+
+
+def test_an_index_begun_again_from_what_a_checkpoint_keeps_is_the_same_bytes(rebuilder):
+    submit(rebuilder, 1)
+    first = rebuilder.all_results()[0]
+    path = rebuilder.parent / f"{T0 + HOUR_MS}-10" / "index.faiss"
+    before = path.read_bytes()
+    rebuilder.submit(Rebuild(Version(1, 10, T0 + HOUR_MS), **Rebuild(None, vectors(1), IDS_N[1:], queries()).arrays()))
+    again = rebuilder.all_results()[1]
+    assert path.read_bytes() == before
+    assert {**first.as_json(), "build_s": 0} == {**again.as_json(), "build_s": 0}
 
 
 def test_an_error_of_the_thread_is_raised_where_its_result_is_read(rebuilder):
