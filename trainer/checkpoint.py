@@ -50,6 +50,9 @@ STATE, PENDING = "state.json", "pending.safetensors"
 CLOSING_S = 60.0
 """Seconds that a run which ends with an error leaves a save that is under way: it would be good to have."""
 
+TURN_S = 5.0
+"""Seconds after which workers that wait for a save tell each other that it goes on."""
+
 _NAME = re.compile(r"step-(\d+)", re.ASCII)
 _POLL_S = 0.05
 
@@ -138,14 +141,13 @@ class CheckpointSaver:
         Raises:
             WatchtowerError: what it ended with, on any worker; on all of them.
         """
-        if self._thread is None:
-            return
-        if not self._workers.first:
-            self._thread.join()
-        # Only when all shares are written is the first worker's thread sure to come to an end.
-        self.raise_together()
-        self._thread.join()
-        self.raise_together()
+        is_going_on = self._thread is not None
+        while is_going_on:
+            # In short turns: a disk may take longer than a collective may, and the first worker's thread would wait
+            # for the share of one that failed.
+            self._thread.join(TURN_S)
+            is_going_on = any(self._workers.everybody(self._thread.is_alive()))
+            self.raise_together()
         self._thread = None
 
     def raise_together(self) -> None:
