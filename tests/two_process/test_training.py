@@ -494,7 +494,7 @@ def broken_evaluation(root, rank, workers):
 @pytest.fixture(scope="module")
 def ranks(worlds):
     """What the two workers brought back; every case ran once."""
-    return run_ranks(2, two_workers, worlds, timeout_s=280)
+    return run_ranks(2, two_workers, worlds, timeout_s=400)
 
 
 @pytest.fixture(scope="module")
