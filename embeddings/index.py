@@ -99,7 +99,7 @@ class ItemIndex:
         vectors_ND, item_ids_N = _checked(vectors_ND, item_ids_N)
         _set_threads(spec)
         width = vectors_ND.shape[1]
-        padded_ND = _pad(vectors_ND, _factory_width(width, spec.factory))
+        padded_ND = _pad(vectors_ND, factory_width(width, spec.factory))
         started = time.perf_counter()
         try:
             index = faiss.index_factory(padded_ND.shape[1], spec.factory, faiss.METRIC_INNER_PRODUCT)
@@ -281,7 +281,7 @@ class ItemIndex:
             index = faiss.read_index(str(folder / INDEX_FILE), _MMAP_FLAG if mmap else 0)
         except (RuntimeError, MemoryError) as error:
             raise WatchtowerError(f"{folder / INDEX_FILE}: cannot be read ({_reason(error)})") from error
-        if index.ntotal != len(item_ids) or index.d != _factory_width(width, spec.factory):
+        if index.ntotal != len(item_ids) or index.d != factory_width(width, spec.factory):
             raise WatchtowerError(
                 f"{folder}: {INDEX_FILE} holds {index.ntotal} vectors of width {index.d}, {IDS_FILE} {len(item_ids)} "
                 f"ids of width {width}"
@@ -339,7 +339,7 @@ def _checked(vectors_ND: np.ndarray, item_ids_N: np.ndarray) -> tuple[np.ndarray
     return vectors_ND, item_ids_N
 
 
-def _factory_width(width: int, factory: str) -> int:
+def factory_width(width: int, factory: str) -> int:
     """The least width from `width` on that the parts of every product quantizer in the factory string divide."""
     parts = [int(count) for count in re.findall(r"P(?:Q|RQ|LSQ)(\d+)", factory) if int(count)]
     return -(-width // math.lcm(*parts)) * math.lcm(*parts)

@@ -14,7 +14,7 @@ mean loss of the global batch.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from configs.errors import InputError
 FORBIDDEN_NAMES = frozenset({"items", "keys", "values", "pop"})
 ADAGRAD_EPS = 1e-8
 INIT_CHUNK_ROWS = 65_536
+RESERVED_SHARE = 0.15  # of a device's memory, which the planner leaves to everything but tables
 
 OptimizerName = Literal["rowwise_adagrad", "sgd"]
 Sharding = Literal["auto", "table_wise", "row_wise"]
@@ -132,7 +133,7 @@ class ShardedTables(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        _check_specs(specs)
+        check_specs(specs)
         if optimizer not in _FUSED_OPTIMIZERS:
             raise InputError(f"table optimizer {optimizer!r} is not one of {', '.join(_FUSED_OPTIMIZERS)}")
         self.specs = tuple(specs)
@@ -141,26 +142,10 @@ class ShardedTables(nn.Module):
         self.process_group = process_group if process_group is not None else dist.group.WORLD
         self._feature_order: list[str] | None = None
         self._learning_rate = learning_rate
-        # Meta: no rank ever holds a whole table. init_fn does nothing, the rows are filled below.
-        collection = EmbeddingCollection(
-            tables=[
-                EmbeddingConfig(
-                    name=spec.name,
-                    num_embeddings=spec.rows,
-                    embedding_dim=spec.dim,
-                    feature_names=[spec.name],
-                    init_fn=_leave_as_is,
-                )
-                for spec in specs
-            ],
-            device=torch.device("meta"),
-        )
-        fused_params: dict[str, Any] = {"optimizer": _FUSED_OPTIMIZERS[optimizer], "learning_rate": learning_rate}
-        if optimizer == "rowwise_adagrad":
-            fused_params["eps"] = ADAGRAD_EPS
-        sharder = EmbeddingCollectionSharder(fused_params=fused_params)
-        with _quiet_torchrec():
-            self._plan = _plan(specs, collection, sharder, device, self.process_group)
+        collection = unsharded(specs)
+        sharder = table_sharder(optimizer, learning_rate)
+        with quiet_torchrec():
+            self._plan = self._placed(collection, sharder)
             self._collection = sharder.shard(
                 collection, self._plan, ShardingEnv.from_process_group(self.process_group), device
             )
@@ -259,6 +244,19 @@ class ShardedTables(nn.Module):
                 offset = start - shard.start
                 shard.tensor[offset : offset + rows.shape[0]].copy_(rows)
 
+    def _placed(self, collection: EmbeddingCollection, sharder: EmbeddingCollectionSharder) -> Mapping[str, Any]:
+        """Rank 0 plans, all ranks get the same plan: {table: ParameterSharding}."""
+        ranks = self.world_size
+        # The planner's default of 32 GB a GPU is not what most devices have.
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else None
+
+        def planned(allowed: Mapping[str, list[str]]) -> Mapping[str, Any]:
+            planner = table_planner(allowed, ranks, get_local_size(ranks), self.device.type, memory)
+            return planner.collective_plan(collection, [sharder], self.process_group).plan[""]
+
+        return choose_places(self.specs, ranks, planned)
+
     def _check_features(self, features: KeyedJaggedTensor) -> None:
         keys = list(features.keys())
         if self._feature_order is None:
@@ -336,53 +334,46 @@ def initial_rows(seed: int, spec: TableSpec, start: int, stop: int) -> Iterator[
         yield low, torch.from_numpy(values * np.float32(spec.init_std))
 
 
-def _plan(
-    specs: Sequence[TableSpec],
-    collection: EmbeddingCollection,
-    sharder: EmbeddingCollectionSharder,
-    device: torch.device,
-    process_group: dist.ProcessGroup,
-) -> Mapping[str, Any]:
-    """Rank 0 plans, all ranks get the same plan: {table: ParameterSharding}."""
-    world_size = dist.get_world_size(process_group)
-    allowed = {spec.name: _sharding_types(spec, world_size) for spec in specs}
-    try:
-        plan = _planned(allowed, collection, sharder, device, process_group)
-        free = [spec for spec in specs if len(allowed[spec.name]) > 1]
-        if not free:
-            return plan
-        # Every kind of sharding costs five collectives a step of its own, so the small tables go with the largest.
-        kind = plan[max(free, key=lambda spec: spec.rows).name].sharding_type
-        if all(plan[spec.name].sharding_type == kind for spec in free):
-            return plan
-        return _planned(allowed | {spec.name: [kind] for spec in free}, collection, sharder, device, process_group)
-    except PlannerError as error:
-        gib = sum(spec.rows * spec.dim * 4 for spec in specs) / 2**30
-        raise InputError(
-            f"the embedding tables ({gib:.1f} GiB) find no place on {world_size} worker(s): use more workers, "
-            f"fewer rows or a smaller dim ({str(error).strip().splitlines()[0]})"
-        ) from error
+def unsharded(specs: Sequence[TableSpec]) -> EmbeddingCollection:
+    """The tables as TorchRec takes them, on the meta device: no rank ever holds a whole table. init_fn does nothing;
+    the rows are filled once they have their places."""
+    tables = [
+        EmbeddingConfig(
+            name=spec.name,
+            num_embeddings=spec.rows,
+            embedding_dim=spec.dim,
+            feature_names=[spec.name],
+            init_fn=_leave_as_is,
+        )
+        for spec in specs
+    ]
+    return EmbeddingCollection(tables=tables, device=torch.device("meta"))
 
 
-def _planned(
-    allowed: Mapping[str, list[str]],
-    collection: EmbeddingCollection,
-    sharder: EmbeddingCollectionSharder,
-    device: torch.device,
-    process_group: dist.ProcessGroup,
-) -> Mapping[str, Any]:
-    """TorchRec's plan with the sharding types that each table may have."""
-    world_size = dist.get_world_size(process_group)
-    # The planner's default of 32 GB a GPU is not what most devices have.
-    capacity = {"hbm_cap": torch.cuda.get_device_properties(device).total_memory} if device.type == "cuda" else {}
-    planner = EmbeddingShardingPlanner(
+def table_sharder(optimizer: OptimizerName, learning_rate: float) -> EmbeddingCollectionSharder:
+    """Shards an EmbeddingCollection and fuses its optimizer into the backward pass."""
+    fused_params: dict[str, Any] = {"optimizer": _FUSED_OPTIMIZERS[optimizer], "learning_rate": learning_rate}
+    if optimizer == "rowwise_adagrad":
+        fused_params["eps"] = ADAGRAD_EPS
+    return EmbeddingCollectionSharder(fused_params=fused_params)
+
+
+def table_planner(
+    allowed: Mapping[str, list[str]], ranks: int, ranks_per_node: int, device_type: str, memory_bytes: int | None
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner with the sharding types that each table may have.
+
+    Args:
+        memory_bytes: of a GPU; None is TorchRec's own assumption, as for the memory of a CPU rank (128 GiB).
+    """
+    return EmbeddingShardingPlanner(
         topology=Topology(
-            world_size=world_size,
-            local_world_size=get_local_size(world_size),
-            compute_device=device.type,
-            **capacity,
+            world_size=ranks,
+            local_world_size=ranks_per_node,
+            compute_device=device_type,
+            **({} if memory_bytes is None else {"hbm_cap" if device_type == "cuda" else "ddr_cap": memory_bytes}),
         ),
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
         constraints={
             name: ParameterConstraints(sharding_types=types, compute_kernels=["fused"])
             for name, types in allowed.items()
@@ -390,7 +381,36 @@ def _planned(
         stats=[],
         debug=False,
     )
-    return planner.collective_plan(collection, [sharder], process_group).plan[""]
+
+
+def choose_places(
+    specs: Sequence[TableSpec], ranks: int, planned: Callable[[Mapping[str, list[str]]], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Where every table goes: {table: ParameterSharding}.
+
+    Args:
+        planned: the planner's answer to the sharding types that each table may have.
+
+    Raises:
+        InputError: the tables do not fit.
+    """
+    allowed = {spec.name: _sharding_types(spec, ranks) for spec in specs}
+    try:
+        plan = planned(allowed)
+        free = [spec for spec in specs if len(allowed[spec.name]) > 1]
+        if not free:
+            return plan
+        # Every kind of sharding costs five collectives a step of its own, so the small tables go with the largest.
+        kind = plan[max(free, key=lambda spec: spec.rows).name].sharding_type
+        if all(plan[spec.name].sharding_type == kind for spec in free):
+            return plan
+        return planned(allowed | {spec.name: [kind] for spec in free})
+    except PlannerError as error:
+        gib = sum(spec.rows * spec.dim * 4 for spec in specs) / 2**30
+        raise InputError(
+            f"the embedding tables ({gib:.1f} GiB) find no place on {ranks} worker(s): use more workers, "
+            f"fewer rows or a smaller dim ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
@@ -401,7 +421,7 @@ def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
     return ["table_wise", "row_wise"] if spec.sharding == "auto" else ["row_wise"]
 
 
-def _check_specs(specs: Sequence[TableSpec]) -> None:
+def check_specs(specs: Sequence[TableSpec]) -> None:
     if not specs:
         raise InputError("no embedding tables: give at least one")
     names = [spec.name for spec in specs]
@@ -417,7 +437,7 @@ def _leave_as_is(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet_torchrec() -> Iterator[None]:
+def quiet_torchrec() -> Iterator[None]:
     """Hold back warnings that say nothing to the user: how the topology was made, and what FX tracing will mean."""
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     logger = logging.getLogger("torchrec")
