@@ -30,7 +30,7 @@ STAGE_COMMANDS = {  # what is typed: (stage, what it does)
     ("report",): ("report", "write report.html from what was measured"),
 }
 INTERRUPTED, TERMINATED = 130, 143
-NOT_BUILT = (("plan",), ("doctor",), ("submit",), ("serve",), ("nearline",))
+NOT_BUILT = (("submit",), ("serve",), ("nearline",))
 WORLD_DIALS = (  # option, type, what it is; the field of WorldSpec has the same name
     ("users", int, "number of users"),
     ("items", int, "number of items"),
@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(stage=stage)
         _takes_config(command)
 
+    _adds_plan(commands.add_parser("plan", help="where tables would go on devices that are not there, and what a "
+                                                "training would need of them"))
+    doctor = commands.add_parser("doctor", help="what is installed, what fits together, what is missing, and the fix")
+    _takes_config(doctor, nargs="?")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--deep", action="store_true", help="also start a local Ray (10 s)")
+
     synth = commands.add_parser("synth", help="write a synthetic world in the log format")
     synth.add_argument("folder", metavar="DIR", help="where to: logs/, items.parquet and world.json")
     for name, kind, meaning in WORLD_DIALS:
@@ -92,8 +99,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _takes_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the folder of an earlier run")
+def _adds_plan(plan: argparse.ArgumentParser) -> None:
+    _takes_config(plan)
+    plan.add_argument("--devices", type=int, required=True, metavar="N", help="how many devices, one worker each")
+    plan.add_argument("--device", choices=("h100", "h200", "a100", "cpu"), default="h100", help="default: h100")
+    plan.add_argument("--per-node", type=int, metavar="N", help="devices of a machine; default: 8 GPUs, 1 CPU worker")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of a device, where it is not the data sheet's")
+    plan.add_argument("--items", type=int, metavar="N", help="items of the catalogue, where the run folder has none")
+    plan.add_argument("--users", type=int, metavar="N", help="users; a table where data.user_categories has user_id")
+    plan.add_argument("--content-dim", type=int, metavar="N", help="width of the items' content vectors")
+    plan.add_argument("--rows", action="append", metavar="TABLE=N", help="rows of another table, such as author=90000")
+    plan.add_argument("--json", metavar="PATH", help="write the plan as JSON")
+    plan.add_argument("--picture", metavar="PATH", help="draw it into an SVG file")
+
+
+def _takes_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="a YAML file, or the folder of an earlier run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides, such as train.epochs=2")
     _takes_traceback(parser)
 
@@ -133,6 +154,9 @@ def version() -> str:
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 def _run(config: Config, stage: str | None) -> None:
+    from launch.doctor import before_run
+
+    before_run()
     from launch.stages import run
 
     run(config, None if stage is None else [stage])
@@ -170,6 +194,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"watchtower {version()}")
         elif arguments.command == "synth":
             _synth(arguments)
+        elif arguments.command == "plan":
+            from launch.plan import run as plan
+
+            plan(arguments)
+        elif arguments.command == "doctor":
+            from launch.doctor import run as doctor
+
+            return doctor(arguments)
         else:
             from configs.loader import load
 

@@ -97,13 +97,23 @@ def _has_nvidia() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists()
 
 
-def object_store_bytes() -> int:
-    """Room for Ray's shared objects: a tenth of the memory, 512 MiB to 8 GiB, and no more than /dev/shm can give."""
+def usable_memory() -> int:
+    """Bytes of memory that this machine has, or its container may use."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         memory = min(memory, int(limit)) if limit != "max" else memory
-    wanted = min(max(memory // 10, 512 * MIB), 8192 * MIB)
+    return memory
+
+
+def wanted_object_store_bytes() -> int:
+    """Room that Ray's shared objects should have: a tenth of the memory, 512 MiB to 8 GiB."""
+    return min(max(usable_memory() // 10, 512 * MIB), 8192 * MIB)
+
+
+def object_store_bytes() -> int:
+    """Room for Ray's shared objects: what they should have, and no more than /dev/shm can give."""
+    wanted = wanted_object_store_bytes()
     with contextlib.suppress(OSError):
         free = shutil.disk_usage("/dev/shm").free
         if free >= 128 * MIB:  # below that Ray takes /tmp instead, as large as we like

@@ -66,6 +66,15 @@ def _lives(holder: dict[str, Any]) -> bool:
     return started is not None and holder.get("started") in (None, started)
 
 
+def living_holder(folder: Path) -> dict[str, Any] | None:
+    """The process that holds a run folder: pid, host, since; None if nobody does. Takes and changes nothing."""
+    try:
+        holder = _holder((folder / LOCK_NAME).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return holder if holder is not None and _lives(holder) else None
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder against other processes until the block ends. A dead process's lock is taken over.

@@ -7,7 +7,7 @@ tells series apart by colour alone: each has its own marker and, past six, its o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -238,3 +238,73 @@ def _figure(title: str, description: str, width: float, height: float, body: Seq
             f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img">'
             f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(body)}</svg></div>"
             f"{legend}</figure>")
+
+
+# --- a file of its own ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class StackedBar:
+    """A horizontal bar of parts, in order; `told` is written behind it."""
+
+    label: str
+    parts: Mapping[str, float]
+    told: str
+
+
+PICTURE_STYLE = (
+    "svg{--s0:#0072b2;--s1:#d55e00;--s2:#00875f;--s3:#a3478a;--s4:#94700a;--s5:#5a6570;--ink:#1b2227;--faint:#d8dde1;"
+    "background:#fff;font:13px system-ui,sans-serif}text{fill:var(--ink)}.title{font-size:18px;font-weight:600}"
+    ".group{font-weight:600}.grid{stroke:var(--faint);fill:none}.limit{stroke:#b3261e;stroke-width:2;fill:none;"
+    "stroke-dasharray:6 4}.pale{fill-opacity:.45}" + "".join(f".c{c}{{fill:var(--s{c})}}" for c in range(COLOURS)))
+
+
+def stacked_bars_picture(title: str, subtitle: str,
+                         panels: Sequence[tuple[str, Sequence[StackedBar], float | None]]) -> str:
+    """A whole SVG file: panels of stacked bars below each other, each with its legend.
+
+    Args:
+        title, subtitle: above all of it.
+        panels: heading with the unit, bars, and a value that a dashed line is drawn at.
+    """
+    width, left, right, row = 1100, 290, 210, 26
+    y, body = 62, [f'<text class="title" x="16" y="28">{escape(title)}</text>',
+                   f'<text x="16" y="48">{escape(subtitle)}</text>']
+    for heading, bars, limit in panels:
+        names = list(dict.fromkeys(name for bar in bars for name, value in bar.parts.items() if value > 0))
+        ends = [sum(bar.parts.values()) for bar in bars] + ([] if limit is None else [limit])
+        ticks = round_ticks(0.0, max(ends, default=1.0), 6)
+        x_at = _scale(0.0, ticks[-1], left, width - right)
+        y += 34
+        body.append(f'<text class="group" x="16" y="{y}">{escape(heading)}</text>')
+        x = 16.0
+        y += 22
+        for place, name in enumerate(names):
+            body.append(f'<path class="{_fill(place)}" d="M{x:.0f} {y - 10}h12v12h-12z"/>'
+                        f'<text x="{x + 17:.0f}" y="{y}">{escape(name.replace("_", " "))}</text>')
+            x += 34 + 7.5 * len(name)
+        y += 20
+        bottom = y + 6 + row * len(bars)
+        for tick in ticks:
+            body.append(f'<path class="grid" d="M{x_at(tick):.1f} {y}V{bottom}"/><text x="{x_at(tick):.1f}" '
+                        f'y="{bottom + 15}" text-anchor="middle">{_short(tick)}</text>')
+        for number, bar in enumerate(bars):
+            top, begin = y + 6 + number * row, 0.0
+            body.append(f'<text x="16" y="{top + 13}">{escape(bar.label)}</text>')
+            for place, name in enumerate(names):
+                value = bar.parts.get(name, 0.0)
+                body.append(f'<path class="{_fill(place)}" d="M{x_at(begin):.1f} {top}H{x_at(begin + value):.1f}v18'
+                            f'H{x_at(begin):.1f}z"><title>{escape(name)}: {value:.3g}</title></path>')
+                begin += value
+            body.append(f'<text x="{x_at(max(begin, limit or 0.0)) + 8:.1f}" y="{top + 13}">{escape(bar.told)}</text>')
+        if limit is not None:
+            body.append(f'<path class="limit" d="M{x_at(limit):.1f} {y}V{bottom}"/>')
+        y = bottom + 18
+    height = y + 12
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+            f'role="img"><title>{escape(title)}</title><desc>{escape(subtitle)}</desc><style>{PICTURE_STYLE}</style>'
+            f"{''.join(body)}</svg>\n")
+
+
+def _fill(place: int) -> str:
+    """Colour of a part; past six, a paler one."""
+    return f"c{place % COLOURS}{' pale' if place >= COLOURS else ''}"
