@@ -15,6 +15,7 @@ DIM = 8
 STEPS = 20
 LEARNING_RATE = 0.1
 LATER_LEARNING_RATE = 0.03
+SHARDINGS = ("table_wise", "row_wise", "auto")
 
 
 # Ways to spoil a checkpoint, and what the refusal says.
@@ -112,7 +113,7 @@ def parity_cases(rank, world_size):
     from embeddings.tables import gather_full
 
     results = {}
-    for sharding in ("table_wise", "row_wise", "auto"):
+    for sharding in SHARDINGS:
         for optimizer in ("sgd", "rowwise_adagrad"):
             tables = build(sharding, optimizer)
             initial = gather_full(tables)
@@ -210,9 +211,32 @@ def load_case(rank, world_size, folder):
     results["grown_fresh"] = fresh["item"]
     results["grown_momentum"] = gather_full(grown, "momentum")["item"]
     results["plan"] = grown.plan()
+    results["sizes"] = {sharding: sizes_case(rank, world_size, sharding) for sharding in SHARDINGS}
     if world_size == 1:
         results["refusals"] = damage_case(Path(folder))
     return results
+
+
+def sizes_case(rank, world_size, sharding):
+    """Bytes of tables and optimizer on this rank, as `watchtower plan` says and as the sharded modules hold them."""
+    from embeddings.plan import place_tables
+
+    tables = build(sharding, rows={"item": 30_001, "author": 4_001, "tag": 300}, dim=16)
+    placed = place_tables(tables.specs, devices=world_size, per_node=world_size, device_type="cpu", memory_bytes=None,
+                          optimizer="rowwise_adagrad")
+    held = {}
+    for module in tables.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()):
+            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu":
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    plan = tables.plan()
+    predicted = [table.weight_bytes(world_size)[rank] + table.state_bytes(world_size)[rank] for table in placed]
+    return {
+        "predicted": int(sum(predicted)),
+        "held": sum(held.values()),
+        "placed": [(table.name, table.sharding, list(table.ranks), list(table.rows_per_rank)) for table in placed],
+        "really": [(name, at["sharding"], at["ranks"], at["rows_per_rank"]) for name, at in plan.items()],
+    }
 
 
 def save_and_load_again(rank, world_size, folder):
@@ -287,7 +311,12 @@ def test_checkpoint_moves_between_ranks_and_shardings(tmp_path):
     saved = run_ranks(2, save_case, str(tmp_path))[0]
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.pkl"))
     for world_size in (1, 2, 4):
-        loaded = run_ranks(world_size, load_case, str(tmp_path))[0]
+        by_rank = run_ranks(world_size, load_case, str(tmp_path))
+        loaded = by_rank[0]
+        for result in by_rank:  # what `watchtower plan` says of tables and optimizer
+            for sizes in result["sizes"].values():
+                assert sizes["placed"] == sizes["really"]
+                assert sizes["predicted"] == pytest.approx(sizes["held"], rel=0.1, abs=20_000)
         for name in ROWS:
             assert torch.equal(loaded["initial"][name], saved["initial", "table_wise"][name])
             assert torch.equal(loaded["initial"][name], saved["initial", "row_wise"][name])

@@ -49,20 +49,21 @@ def test_help_is_quick_and_lists_what_exists(repository):
         found = subprocess.run(command, capture_output=True, text=True, cwd=repository, check=True)
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.5
-    for word in ("run", "ingest", "train", "channels", "replay", "router", "evaluate", "report", "synth", "exit codes"):
+    for word in ("run", "ingest", "train", "channels", "replay", "router", "evaluate", "report", "plan", "doctor",
+                 "synth", "exit codes"):
         assert word in found.stdout
-    for word in ("plan", "doctor", "submit", "serve", "nearline"):
+    for word in ("submit", "serve", "nearline"):
         assert word not in found.stdout
 
 
 def test_nothing_heavy_before_a_command_needs_it(repository):
-    code = ("import sys, launch.cli as c; c.main(['--help']); c.main(['plan']); c.main(['--version'])\n"
+    code = ("import sys, launch.cli as c; c.main(['--help']); c.main(['submit']); c.main(['--version'])\n"
             "heavy = {'torch', 'ray', 'pyarrow', 'pydantic', 'numpy', 'yaml', 'deepspeed'} & set(sys.modules)\n"
             "sys.exit(f'imported: {heavy}' if heavy else 0)")
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("words", ["plan c", "doctor", "submit", "serve c.yaml", "nearline"])
+@pytest.mark.parametrize("words", ["submit", "serve c.yaml", "nearline"])
 def test_what_is_not_built_says_so(words, capsys):
     assert cli.main(words.split()) == 2
     assert "not part of this version" in capsys.readouterr().err

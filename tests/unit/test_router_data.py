@@ -14,6 +14,7 @@ from made_router import made_router_run
 from configs.errors import InputError
 from trainer.router_data import RouterData, RouterPlan
 from trainer.router_task import RouterTask, binned_auc, captured_value, crm_checkpoint, load_crm_tables
+from trainer.step_trace import router_feature_counts
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,8 @@ def test_a_crm_model_that_has_seen_the_requests_is_refused(data):
         crm_checkpoint(with_crm(data))
     seen_up_to(latest_ms)
     assert crm_checkpoint(with_crm(data)) == data.run_dir / "checkpoints" / name / "seed=0" / "step-7"
+
+
+def test_plan_knows_how_many_features_there_are(data):
+    shard = data.read("train", 0)
+    assert router_feature_counts(data.config) == (shard.trigger_TF.shape[1], shard.list_TCF.shape[2])
