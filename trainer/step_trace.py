@@ -209,10 +209,9 @@ def _attention_backward_flops(gradient_shape: Sequence[int], query_shape: Sequen
 
 
 def _growth(counted: Sequence[float], targets: int) -> Growth:
-    """a + b B + c (targets B)^2 through the counts at 1, 2 and 3 rows of a lone worker."""
-    first, second, third = counted
-    square = max(0.0, (third - 2 * second + first) / 2)
-    if not targets:
-        square = 0.0
-    per_row = (third - first) / 2 - 4 * square
-    return Growth(first - per_row - square, per_row, square / targets**2 if targets else 0.0)
+    """a + b B + c (targets B)^2 through the counts of a lone worker; a line through the outer two without targets."""
+    if targets:
+        fixed, per_row, square = np.linalg.solve([[1.0, rows, rows**2] for rows in ROWS], counted)
+        return Growth(fixed, per_row, max(0.0, round(square, 3)) / targets**2)
+    per_row = (counted[-1] - counted[0]) / (ROWS[-1] - ROWS[0])
+    return Growth(counted[0] - per_row * ROWS[0], per_row, 0.0)

@@ -71,7 +71,7 @@ def test_the_first_device_has_the_index_and_collects_the_vectors():
     assert sizing.memory["activations"] == pytest.approx(
         4 * 1e6 / 2 + 4 * 1e3 + 4 * logits + 8 * logits + 2 * 64 * 8 * 9 * 4)
     assert sizing.left == pytest.approx(DEVICES["h100"].memory_bytes - sum(sizing.memory.values()))
-    many = size_up(training(items=10**9), TRACE, placed("row_wise", 16))
+    many = size_up(training(items=2 * 10**9), TRACE, placed("row_wise", 16))
     assert many.left == sizing.left and many.epoch_end_left < 0 and not many.fits
     alone = size_up(training(devices=1, index_on_gpu=False), TRACE, placed("table_wise", 1))
     assert alone.memory["index"] == 0
