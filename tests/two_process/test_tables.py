@@ -225,9 +225,10 @@ def sizes_case(rank, world_size, sharding):
     placed = place_tables(tables.specs, devices=world_size, per_node=world_size, device_type="cpu", memory_bytes=None,
                           optimizer="rowwise_adagrad")
     held = {}
-    for module in tables.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()):
-            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu":
+    for lookup in tables._collection._lookups:  # what fbgemm's operators hold, whatever TorchRec tells of it
+        plain = (value for module in lookup.modules() for value in vars(module).values())
+        for tensor in (*lookup.parameters(), *lookup.buffers(), *plain):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     plan = tables.plan()
     predicted = [table.weight_bytes(world_size)[rank] + table.state_bytes(world_size)[rank] for table in placed]

@@ -4,6 +4,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from made_replay import ITEMS, made_run
 
 from configs.errors import InputError
 from launch import cli
@@ -48,6 +49,15 @@ def test_sizes_by_number(config):
     assert sizes.features.users == {"user_id": 501, "region": 101} and sizes.features.categories == {"genre": 4}
     assert sizes.sources["author"] == "given" and sizes.sources["tag"] == "assumed"
     assert sizes.sources["user_user_id"] == "given"
+
+
+def test_sizes_of_a_run_folder(config, tmp_path):
+    made_run(tmp_path / "run", 1)
+    sizes = sizes_of(asked(config))
+    assert (sizes.features.item, sizes.features.author, sizes.tags_per_item) == (ITEMS + 1, 1, 0.0)
+    assert set(sizes.sources.values()) == {"run folder"}
+    assert Planner().plan(asked(config)).fits
+    assert sizes_of(asked(config, items=99)).features.item == 100
 
 
 @pytest.mark.parametrize(("overrides", "more", "says"), [
