@@ -226,10 +226,10 @@ def sizes_case(rank, world_size, sharding):
                           optimizer="rowwise_adagrad")
     held = {}
     for lookup in tables._collection._lookups:  # what fbgemm's operators hold, whatever TorchRec tells of it
-        plain = (value for module in lookup.modules() for value in vars(module).values())
-        for tensor in (*lookup.parameters(), *lookup.buffers(), *plain):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        for module in lookup.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     plan = tables.plan()
     predicted = [table.weight_bytes(world_size)[rank] + table.state_bytes(world_size)[rank] for table in placed]
     return {
