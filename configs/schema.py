@@ -540,6 +540,40 @@ class RayConfig(Section):
     ingest_tasks: Positive | None = Field(None, description="ingest tasks at once; null: the cores")
 
 
+class MlflowConfig(Section):
+    """Credentials come from MLflow's own variables (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_TOKEN, ..)."""
+
+    tracking_uri: Text = Field(description="server (http://..), or a store: sqlite:///FILE")
+    experiment: Text = Field("watchtower", description="name of the experiment; made if it is not there")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, value: str) -> str:
+        if "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError("a user or password in the address would be written into the run folder; give them in "
+                             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return value
+
+
+class ObserveConfig(Section):
+    """Seeing a run from outside (docs/observing.md). It cannot change a result, and no stage is done again for it."""
+
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="port at which the driver serves Prometheus metrics; null: off")
+    prometheus_address: Text = Field("127.0.0.1", description="address it binds; 0.0.0.0: all, with no password")
+    textfile: str | None = Field(
+        None, description="file that holds the same metrics for node_exporter; its name ends in .prom; null: off")
+    textfile_every_s: PositiveFloat = Field(15.0, description="seconds between two writes of that file")
+    mlflow: MlflowConfig | None = Field(None, description="MLflow tracking; null: off")
+
+    @field_validator("textfile")
+    @classmethod
+    def _read_by_node_exporter(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".prom"):
+            raise ValueError("node_exporter reads only files whose name ends in .prom")
+        return value
+
+
 StageName = Literal["ingest", "crm", "channels", "replay", "router", "evaluate", "report"]
 
 
@@ -562,6 +596,7 @@ class Config(Section):
     routing: RoutingConfig = Field(default_factory=RoutingConfig, description="routing and its judgement")
     gates: GatesConfig = Field(default_factory=GatesConfig, description="quality gates")
     ray: RayConfig = Field(default_factory=RayConfig, description="the cluster")
+    observe: ObserveConfig = Field(default_factory=ObserveConfig, description="metrics for Prometheus and MLflow")
 
     @model_validator(mode="after")
     def _batches_divide(self):

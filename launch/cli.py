@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
+from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -116,6 +117,8 @@ def _adds_plan(plan: argparse.ArgumentParser) -> None:
 def _takes_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="a YAML file, or the folder of an earlier run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="dotted overrides, such as train.epochs=2")
+    parser.add_argument("--log-format", choices=FORMATS, default=None, help="text, or json: one object an event "
+                                                                            f"(also: {FORMAT_VARIABLE})")
     _takes_traceback(parser)
 
 
@@ -140,15 +143,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not arguments.version and arguments.command is None:
         parser.error("a command is missing, such as: watchtower run configs/demo.yaml")
     return arguments
-
-
-def version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("watchtower")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -190,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parse(argv)
         if arguments.traceback:
             os.environ["WATCHTOWER_TRACEBACK"] = "1"
+        if getattr(arguments, "log_format", None):
+            os.environ[FORMAT_VARIABLE] = arguments.log_format
         if arguments.version:
             print(f"watchtower {version()}")
         elif arguments.command == "synth":
@@ -242,7 +238,7 @@ def _end_on_sigterm() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"watchtower: {message}", file=sys.stderr, flush=True)
+    say(message if is_json() else f"watchtower: {message}", "error", sys.stderr)
 
 
 def _fail(error: Exception, run_dir: str | None) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema import ChannelsConfig, Config
 from embeddings.snapshots import publish
+from launch.console import say
 from launch.ingest import Executor, RayExecutor, clear_disk_errors
 from trainer.channels import present_channels
 from trainer.events import EventLog
@@ -52,7 +53,7 @@ def replay_labels(config: Config, run_dir: Path | str) -> dict:
     Raises:
         InputError: there are no sequences or channels, or no training request is left.
     """
-    found = make_labels(config, run_dir, RayExecutor(config.replay.shards_at_once), say=_print)
+    found = make_labels(config, run_dir, RayExecutor(config.replay.shards_at_once), say=say)
     with EventLog(Path(run_dir) / "events.jsonl") as log:
         log.write("replay", show=False, **found)
     return found
@@ -179,7 +180,3 @@ def _progress(staging: Path, prefix: str, done_word: str, shards: int, say: Call
     finally:
         done.set()
         thread.join()
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

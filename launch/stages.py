@@ -28,6 +28,8 @@ from typing import Any
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
+from launch.console import is_json, json_line, say
+from launch.observe import observed
 from launch.run_folder import locked, make_run_folder
 from trainer.events import EventLog, follow, seconds_text
 
@@ -308,7 +310,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         _check_files(to_run, inputs)
         for name in asked:
             if name not in to_run:
-                print(f"{name}: already done for the same inputs", flush=True)
+                say(f"{name}: already done for the same inputs")
         save_resolved(config, run_dir / "config.yaml")
         if to_run:
             _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
@@ -374,9 +376,10 @@ def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[st
     stop = threading.Event()
     with contextlib.ExitStack() as held:
         log = held.enter_context(EventLog(run_dir / "events.jsonl"))
-        shown = follow(run_dir / "events.jsonl", stop)
+        shown = follow(run_dir / "events.jsonl", stop, line_of=json_line if is_json() else None)
         held.callback(shown.join)
         held.callback(stop.set)
+        held.enter_context(observed(config, run_dir, log))
         for name in names:
             reason = why_again(run_dir, STAGES[name], inputs[name])
             if reason is not None:
@@ -482,8 +485,8 @@ def ingest(config: Config, run_dir: Path) -> dict[str, Any]:
     from launch.ingest import RayExecutor
     from launch.ingest import ingest as ingest_logs
 
-    summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=_say)
-    _say(str(summary))
+    summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=say)
+    say(str(summary))
     return {"rows": summary.statistics["rows"], "quarantined": summary.quarantined}
 
 
@@ -495,7 +498,24 @@ def channels(config: Config, run_dir: Path) -> dict[str, Any]:
     trained = {}
     if "embedding" in config.channels.names and config.channels.embedding.source == "crm":
         trained = {"tower": train_channel_embedding(config, run_dir)}
-    return {**build_channels(config, run_dir), **trained}
+    found = build_channels(config, run_dir, say=say)
+    with EventLog(run_dir / "events.jsonl") as log:
+        for event in newest_snapshots(found, run_dir):
+            log.write("snapshot", show=False, **event)
+    return {**found, **trained}
+
+
+def newest_snapshots(built: dict[str, Any], run_dir: Path) -> list[dict[str, Any]]:
+    """Of every channel that was built: channel, watermark_ms of the newest snapshot, lag_s from there to the newest
+    event of the logs, and its items."""
+    from trainer.sequences import SequenceStore
+
+    last_ms = SequenceStore(run_dir / "sequences").manifest["statistics"]["last_timestamp_ms"]
+    newest_ms = max(built["watermarks"], default=None)
+    if newest_ms is None or last_ms is None:
+        return []
+    return [{"channel": name, "watermark_ms": newest_ms, "lag_s": max(0, last_ms - newest_ms) / 1000,
+             "items": channel["items"]} for name, channel in built["channels"].items()]
 
 
 def routing(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -506,10 +526,6 @@ def routing(config: Config, run_dir: Path) -> dict[str, Any]:
     result = evaluate_routing(config, run_dir)
     write_results(config, run_dir)
     return result
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def report(config: Config, run_dir: Path) -> dict[str, Any] | None:
@@ -527,12 +543,13 @@ def show_results(run_dir: Path) -> None:
         return
     from trainer.report import results_table
 
-    print(f"\n{results_table(metrics)}\n", flush=True)
+    say(f"\n{results_table(metrics)}\n")
     seconds = sum(float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values())
-    print(f"stages: {seconds_text(seconds)} in all" if seconds else "", end="\n" if seconds else "")
+    if seconds:
+        say(f"stages: {seconds_text(seconds)} in all")
     for name, path in (("metrics", run_dir / "metrics.json"), ("report", run_dir / "report.html")):
         if path.exists():
-            print(f"{name}: {path}", flush=True)
+            say(f"{name}: {path}")
 
 
 def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
@@ -553,11 +570,11 @@ def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
     if partly:
         gates = {path: least for path, least in gates.items() if value_at(metrics, path) is not None}
         if len(gates) < len(config.gates.at_least):
-            print(f"quality gates: {len(config.gates.at_least) - len(gates)} of {len(config.gates.at_least)} are about "
-                  "what is not measured yet", flush=True)
+            say(f"quality gates: {len(config.gates.at_least) - len(gates)} of {len(config.gates.at_least)} are about "
+                "what is not measured yet")
     failed = failed_gates(metrics, gates)
     if failed:
         count = f"{len(failed)} of {len(gates)} quality gates (gates.at_least) fell short:\n    "
         raise QualityGateError(count + "\n    ".join(failed))
     if gates:
-        print(f"quality gates: all {len(gates)} met", flush=True)
+        say(f"quality gates: all {len(gates)} met")

@@ -192,7 +192,7 @@ def _event_log(run_dir: Path, first: bool) -> Iterator[Callable[..., None]]:
     """write(event, **fields), which does something on the first worker."""
     from trainer.events import EventLog
 
-    events = EventLog(run_dir / "events.jsonl", run_dir / "tensorboard") if first else None
+    events = EventLog(run_dir / "events.jsonl", run_dir / "tensorboard", rank=0) if first else None
 
     def write(event: str, **fields: Any) -> None:
         if events is not None:

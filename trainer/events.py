@@ -5,9 +5,10 @@ for appending, so that lines of several processes never mix:
 
     {"event": "train_step", "time": 1767225600.0, "model": "dnn/seed=0", "epoch": 1, "step": 20, "loss": 4.1, ...}
 
-`time` is Unix time in seconds. A number that JSON cannot hold (nan, inf) is null, and its name and text stand in
-`not_finite`: {"loss": null, "not_finite": {"loss": "nan"}}. A process that dies in mid-line leaves a torn
-line; the next writer starts a new one, and readers pass over it.
+`time` is Unix time in seconds, `node` the host that wrote, `rank` the training worker (none: the driver). A number
+that JSON cannot hold (nan, inf) is null, and its name and text stand in `not_finite`:
+{"loss": null, "not_finite": {"loss": "nan"}}. A process that dies in mid-line leaves a torn line; the next writer
+starts a new one, and readers pass over it.
 
 The driver shows what workers write: `follow` reads the file as it grows.
 """
@@ -18,6 +19,7 @@ import errno
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -70,10 +72,12 @@ class EventLog:
     Args:
         path: the run's events.jsonl; made, with its folder, if it is not there.
         tensorboard: folder of TensorBoard's files; None is off.
+        rank: of the training worker that writes; None: the driver.
     """
 
-    def __init__(self, path: str | os.PathLike, tensorboard: str | os.PathLike | None = None):
+    def __init__(self, path: str | os.PathLike, tensorboard: str | os.PathLike | None = None, rank: int | None = None):
         self.path = Path(path)
+        self._writer = {"node": socket.gethostname(), **({} if rank is None else {"rank": rank})}
         self.tensorboard = None if tensorboard is None else Path(tensorboard)
         self._writers: dict[str, Any] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +97,7 @@ class EventLog:
         """
         if self._descriptor is None:
             raise WatchtowerError(f"{self.path}: the event log is closed")
-        data = event_line(event, fields).encode("utf-8", "replace")
+        data = event_line(event, {**fields, **self._writer}).encode("utf-8", "replace")
         try:
             written = os.write(self._descriptor, data)
             if written < len(data):  # a disk that fills takes a part; say so on the rest
@@ -169,7 +173,8 @@ def read_events(path: str | os.PathLike, event: str | None = None) -> Iterator[d
 
 
 def follow(path: str | os.PathLike, stop: threading.Event, show: Callable[[str], None] | None = None,
-           start: int | None = None) -> threading.Thread:
+           start: int | None = None, line_of: Callable[[Mapping[str, Any]], str | None] | None = None
+           ) -> threading.Thread:
     """Show the console line of every event that is appended from now on, on a thread, until `stop` is set.
 
     What was written before `stop` was set is still shown. Join the thread to wait for that.
@@ -178,21 +183,35 @@ def follow(path: str | os.PathLike, stop: threading.Event, show: Callable[[str],
         path: an events.jsonl that may not be there yet.
         show: takes a line without newline; the default prints it.
         start: byte offset to begin at; None: the present end of the file.
+        line_of: the line of an event, None for one that is not shown; the default is `console_line`.
     """
+    line_of = line_of or console_line
+    def take(event: dict[str, Any]) -> None:
+        text = line_of(event)
+        if text is not None:
+            (show or _print)(text)
+
     path = Path(path)
     if start is None:
         start = path.stat().st_size if path.exists() else 0
-    thread = threading.Thread(target=_follow, args=(path, stop, show or _print, start), daemon=True,
-                              name="watchtower-events")
-    thread.start()
-    return thread
+    return follow_events(path, stop, take, start)
 
 
 def _print(line: str) -> None:
     print(line, flush=True)
 
 
-def _follow(path: Path, stop: threading.Event, show: Callable[[str], None], offset: int) -> None:
+def follow_events(path: str | os.PathLike, stop: threading.Event, take: Callable[[dict[str, Any]], None],
+                  start: int = 0) -> threading.Thread:
+    """Hand every event from byte `start` on to `take`, on a thread, until `stop` is set; what was written before that
+    is still handed over. Join the thread to wait for it."""
+    thread = threading.Thread(target=_follow, args=(Path(path), stop, take, start), daemon=True,
+                              name="watchtower-events")
+    thread.start()
+    return thread
+
+
+def _follow(path: Path, stop: threading.Event, take: Callable[[dict[str, Any]], None], offset: int) -> None:
     held = b""
     while True:
         last_look = stop.is_set()
@@ -206,9 +225,8 @@ def _follow(path: Path, stop: threading.Event, show: Callable[[str], None], offs
             *whole, held = (held + fresh).split(b"\n")
             for line in whole:
                 record = _parse(line)
-                text = console_line(record) if record is not None else None
-                if text is not None:
-                    show(text)
+                if record is not None:
+                    take(record)
         if last_look:
             return
         stop.wait(POLL_S)
@@ -266,7 +284,7 @@ def _stage(e: Mapping[str, Any]) -> str:
     return "  ".join(parts + [str(e[key]) for key in ("why", "error") if e.get(key) is not None])
 
 
-_HIDDEN = {"event", "time", "model", "not_finite", "inputs"}
+_HIDDEN = {"event", "time", "model", "not_finite", "inputs", "rank", "node"}
 _NAMELESS = {"path", "folder", "message"}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from trainer.results import write_whole
 from trainer.workers import Workers
 
 RESULTS = "results.json"
+STEP_PARTS = ("forward", "loss_mean", "backward", "optimizer")
 
 Write = Callable[..., None]
 """write(event, **fields): one line of events.jsonl; only the first worker has one that does something."""
@@ -194,6 +196,7 @@ class _Running:
     def __post_init__(self) -> None:
         self.begun = self.resumed = len(self.results)
         self.began = time.perf_counter()
+        self.parts = PartClock()
 
     @property
     def config(self) -> Config:
@@ -388,16 +391,23 @@ def _looked_up(running: _Running, batches) -> Iterator[tuple[Batch, Lookup, Look
 def _step(running: _Running, batch: Batch, lookup: Lookup, upcoming: Lookup | None, position: Position) -> float:
     """One step on all workers: the mean loss of the global batch. A loss that is not finite changes nothing."""
     _set_learning_rate(running, position.global_step)
+    parts = running.parts
+    parts.begin()
     loss, _ = running.engine("loss", batch, lookup.rows())
+    parts.lap("forward")
     # Whose save failed makes the mean not finite, and so all workers hear of it in a collective that is there anyway.
     mean = running.workers.mean(loss if running.saver.error is None else torch.full_like(loss, math.nan))
+    parts.lap("loss_mean")
     if not math.isfinite(mean):
         running.saver.raise_together()
         _stop_not_finite(running, batch, position, "loss", not math.isfinite(float(loss)))
     if upcoming is not None:
         upcoming.send()
     running.engine.backward(loss)
-    if not running.engine.step():
+    parts.lap("backward")
+    stepped = running.engine.step()
+    parts.lap("optimizer")
+    if not stepped:
         _stop_not_finite(running, batch, position, "gradient of the towers", True)
     return mean
 
@@ -513,12 +523,40 @@ def _out_of_patience(running: _Running, position: Position) -> bool:
     return patience is not None and best is not None and results[-1].epoch - best.epoch >= patience
 
 
+class PartClock:
+    """Where the time of a step goes, by this process's own clock: `loss_mean` is the wait for the slowest worker.
+
+    On a GPU a part is the time that it takes to hand its kernels over; what they take shows at the next wait for the
+    device, which is `loss_mean`.
+    """
+
+    def __init__(self) -> None:
+        self._mark, self._seconds = time.perf_counter(), dict.fromkeys(STEP_PARTS, 0.0)
+
+    def begin(self) -> None:
+        """What passed since the last lap belongs to no part."""
+        self._mark = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What passed since the last call belongs to `part`."""
+        now = time.perf_counter()
+        self._seconds[part] += now - self._mark
+        self._mark = now
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Seconds a step of every part, as `<part>_s`, since the last call."""
+        found = {f"{part}_s": seconds / steps for part, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(STEP_PARTS, 0.0)
+        return found
+
+
 class StepLog:
-    """One line a log step: where the run is, how well and how fast."""
+    """One line a log step: where the run is, how well and how fast, on the first worker and on each."""
 
     def __init__(self, running: _Running, plan: Plan, position: Position, batches: Prefetched):
         self._write, self._name, self._every = running.write, running.name, running.config.train.log_every_steps
         self._epochs, self._total_steps = running.epochs, running.total_steps
+        self._running = running
         self._plan, self._position, self._batches = plan, position, batches
         self._steps, self._losses = 0, 0.0
         self._began, self._waited = time.perf_counter(), 0.0
@@ -532,11 +570,16 @@ class StepLog:
         now = time.perf_counter()
         seconds = max(now - self._began, 1e-9)
         rows = min(self._steps * self._plan.batch_rows, self._plan.rows)
+        running = self._running
+        mine = {"rank": running.workers.rank, "node": socket.gethostname(), "memory_mib": memory_mib(),
+                "wait_share": min(1.0, (self._batches.waited_s - self._waited) / seconds),
+                **running.parts.take(self._steps)}
+        workers = running.workers.everybody(mine)
         self._write(
             "train_step", model=self._name, epoch=self._position.epoch + 1, epochs=self._epochs,
             step=self._position.global_step, steps=self._total_steps, loss=loss,
-            mean_loss=self._losses / self._steps, rows_per_s=rows / seconds,
-            wait_share=min(1.0, (self._batches.waited_s - self._waited) / seconds),
-            memory_mib=memory_mib(),
-            eta_s=(self._total_steps - self._position.global_step) * seconds / self._steps)
+            mean_loss=self._losses / self._steps, learning_rate=running.engine.learning_rate,
+            rows_per_s=rows / seconds, step_s=seconds / self._steps,
+            **{name: value for name, value in mine.items() if name not in ("rank", "node")},
+            eta_s=(self._total_steps - self._position.global_step) * seconds / self._steps, workers=workers)
         self._steps, self._losses, self._began, self._waited = 0, 0.0, now, self._batches.waited_s

@@ -39,9 +39,9 @@ def project(repository: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def declared(project: dict) -> dict[str, Requirement]:
-    """What the package and its extras cpu and cuda ask for, by canonical name."""
+    """What the package and its extras cpu, cuda and mlflow ask for, by canonical name."""
     extras = project["optional-dependencies"]
-    requirements = map(Requirement, [*project["dependencies"], *extras["cpu"], *extras["cuda"]])
+    requirements = map(Requirement, [*project["dependencies"], *extras["cpu"], *extras["cuda"], *extras["mlflow"]])
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
