@@ -54,7 +54,7 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/yamllint --strict configs
+	$(VENV)/bin/yamllint --strict configs docker
 
 clean:
 	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info

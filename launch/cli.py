@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
+from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ STAGE_COMMANDS = {  # what is typed: (stage, what it does)
     ("report",): ("report", "write report.html from what was measured"),
 }
 INTERRUPTED, TERMINATED = 130, 143
-NOT_BUILT = (("submit",), ("serve",), ("nearline",))
+NOT_BUILT = (("serve",), ("nearline",))
 WORLD_DIALS = (  # option, type, what it is; the field of WorldSpec has the same name
     ("users", int, "number of users"),
     ("items", int, "number of items"),
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_config(doctor, nargs="?")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--deep", action="store_true", help="also start a local Ray (10 s)")
+    submit.add_commands(commands, _takes_config)
 
     synth = commands.add_parser("synth", help="write a synthetic world in the log format")
     synth.add_argument("folder", metavar="DIR", help="where to: logs/, items.parquet and world.json")
@@ -198,6 +200,10 @@ def main(argv: list[str] | None = None) -> int:
             from launch.doctor import run as doctor
 
             return doctor(arguments)
+        elif arguments.command in submit.COMMANDS:
+            code = submit.act(arguments)
+            sys.stdout.flush()
+            return code
         else:
             from configs.loader import load
 

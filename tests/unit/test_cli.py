@@ -50,9 +50,9 @@ def test_help_is_quick_and_lists_what_exists(repository):
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.5
     for word in ("run", "ingest", "train", "channels", "replay", "router", "evaluate", "report", "plan", "doctor",
-                 "synth", "exit codes"):
+                 "synth", "submit", "status", "logs", "stop", "exit codes"):
         assert word in found.stdout
-    for word in ("submit", "serve", "nearline"):
+    for word in ("serve", "nearline"):
         assert word not in found.stdout
 
 
@@ -63,13 +63,14 @@ def test_nothing_heavy_before_a_command_needs_it(repository):
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("words", ["submit", "serve c.yaml", "nearline"])
+@pytest.mark.parametrize("words", ["serve c.yaml", "nearline"])
 def test_what_is_not_built_says_so(words, capsys):
     assert cli.main(words.split()) == 2
     assert "not part of this version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["", "run", "train", "train nothing", "nonsense", "run --nonsense c.yaml",
+                                   "submit", "logs", "submit c.yaml --image x --installed",
                                    "synth d --users many"])
 def test_wrong_usage(words, capsys):
     assert cli.main(words.split()) == 2
