@@ -268,7 +268,6 @@ def _exported(config: Config, events: Path) -> Iterator[None]:
         if observe.textfile is not None:
             path = Path(observe.textfile).expanduser()
             write_textfile(metrics, path)
-            held.callback(write_textfile, metrics, path)
             held.callback(_every(observe.textfile_every_s, lambda: write_textfile(metrics, path)))
         stop = threading.Event()
         held.callback(follow_events(events, stop, metrics.take).join)
@@ -295,11 +294,13 @@ def _serve(metrics: RunMetrics, address: str, port: int):
 
 
 def _every(seconds: float, act):
-    """Do it every so many seconds on a thread; what ends that."""
+    """Do it every so many seconds on a thread; what ends that, and does it a last time."""
     stop = threading.Event()
 
     def go() -> None:
-        while not stop.wait(seconds):
+        ended = False
+        while not ended:
+            ended = stop.wait(seconds)
             with contextlib.suppress(InputError):  # it could be written when the run began; the run goes on
                 act()
 

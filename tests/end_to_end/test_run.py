@@ -50,7 +50,7 @@ def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory) -> tuple[Path, str]:
     run_dir = tmp_path_factory.mktemp("untouched") / "run"
-    return run_dir, finish(start(run_dir))
+    return run_dir, finish(start(run_dir, f"observe.textfile={run_dir.with_suffix('.prom')}"))
 
 
 def losses(run_dir: Path) -> dict[tuple[str, int], float]:
@@ -81,6 +81,24 @@ def test_a_run_leaves_what_it_promises(untouched):
     assert_routed(run_dir, metrics["routing"])
     for stage in ("channels", "replay", "router", "routing"):
         assert metrics["stages"][stage]["seconds"] > 0 and metrics["stages"][stage]["rows"] > 0, stage
+
+
+def test_a_run_is_seen_from_outside(untouched):
+    run_dir, _ = untouched
+    steps = list(read_events(run_dir / "events.jsonl", "train_step"))
+    for step in steps:
+        assert [worker["rank"] for worker in step["workers"]] == [0, 1] and step["learning_rate"] > 0
+        parts = [step[f"{part}_s"] for part in ("forward", "loss_mean", "backward", "optimizer")]
+        assert min(parts) > 0 and sum(parts) <= step["step_s"], "parts of a step do not overlap"
+        assert all(worker["memory_mib"] > 0 and worker["node"] for worker in step["workers"])
+    series = run_dir.with_suffix(".prom").read_text()
+    for line in ("watchtower_run_active 0.0", 'watchtower_stage_in_progress{stage="routing"} 0.0',
+                 "watchtower_restarts_total 0.0", "watchtower_workers 2.0"):
+        assert line in series, series
+    for name in ('train_mean_loss{model="dnn",seed="0"}', 'train_mean_loss{model="capts",seed="0"}',
+                 'index_recall_ratio{model="dnn",seed="0"}', 'channel_watermark_lag_seconds{channel="swing"}',
+                 'validation{measure="recall@100",model="dnn",seed="0"}', 'stage_rows{stage="replay"}'):
+        assert f"watchtower_{name} " in series, name
 
 
 def assert_channels_and_labels(run_dir: Path, channels: list[str]) -> None:
