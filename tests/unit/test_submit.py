@@ -1,13 +1,15 @@
 """What a job is made of before it leaves: places, variables, code, and what its end means."""
 
+import asyncio
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from configs.errors import InputError, WatchtowerError
 from configs.loader import load, save_resolved
-from launch import cli
+from launch import cli, submit
 from launch.submit import PACKAGES, _told, check_places, entrypoint, environment, exit_code, stage_code
 
 
@@ -89,3 +91,68 @@ def test_an_address_is_asked_for(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["status"]) == 2
     assert "--address" in capsys.readouterr().err
+
+
+# --- a log whose connection breaks ------------------------------------------------------------------------------------
+
+LOG = ["first line\n", "second ", "line\n", "the end\n"]
+
+
+@pytest.fixture
+def breaking_server(monkeypatch):
+    """A job server whose log stream breaks after one more piece each time; its address, and how often it was asked."""
+    web = pytest.importorskip("aiohttp.web", reason="ray[default] is not installed here")
+    asked = []
+
+    async def version(_):
+        return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "x"})
+
+    async def details(_):
+        ended = len(asked) > len(LOG)
+        return web.json_response({"type": "SUBMISSION", "submission_id": "x", "entrypoint": "e", "metadata": {},
+                                  "status": "FAILED" if ended else "RUNNING", "driver_exit_code": 3 if ended else None})
+
+    async def tail(request):
+        asked.append(request)
+        stream = web.WebSocketResponse()
+        await stream.prepare(request)
+        for piece in LOG[:len(asked)]:
+            await stream.send_str(piece)
+        if len(asked) <= len(LOG):
+            request.transport.abort()
+        return stream
+
+    loop = asyncio.new_event_loop()
+    app = web.Application()
+    app.add_routes([web.get("/api/version", version), web.get("/api/jobs/x", details),
+                    web.get("/api/jobs/x/logs/tail", tail)])
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    port = site._server.sockets[0].getsockname()[1]
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(submit, "PAUSE_S", 0.01)
+    monkeypatch.setattr(submit, "LOOK_EVERY_S", 0.01)
+    yield f"http://127.0.0.1:{port}", asked
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(30)
+    loop.close()
+
+
+def test_a_log_goes_on_where_its_connection_broke(breaking_server, capsys):
+    address, asked = breaking_server
+    assert cli.main(["logs", "x", "--follow", "--address", address]) == 3
+    said = capsys.readouterr()
+    assert said.out == "".join(LOG) and "FAILED, exit code 3" in said.err
+    assert len(asked) == len(LOG) + 1
+
+
+def test_a_connection_that_stays_broken_is_told(breaking_server, monkeypatch, capsys):
+    address, asked = breaking_server
+    monkeypatch.setattr(submit, "TRIES", 3)
+    monkeypatch.setitem(globals(), "LOG", [""] * 100)
+    assert cli.main(["logs", "x", "--follow", "--address", address]) == 1
+    assert "no answer from a Ray job server" in capsys.readouterr().err and len(asked) == 3
