@@ -231,7 +231,8 @@ def connect(address: str | None) -> JobSubmissionClient:
 
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Ray lets these win over the address that it is given.
     before = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
