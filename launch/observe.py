@@ -70,7 +70,8 @@ SERIES = (
                                                   "for another one", (*WORKER, "part")),
     Series("watchtower_checkpoint_timestamp_seconds", "Unix time of the newest checkpoint", MODEL),
     Series("watchtower_checkpoint_step", "step of the newest checkpoint", MODEL),
-    Series("watchtower_checkpoint_seconds", "seconds that the newest checkpoint took", MODEL),
+    Series("watchtower_checkpoint_part_seconds", "seconds that the newest checkpoint held training up (waited, copy) "
+                                                 "and took behind its back (write)", (*MODEL, "part")),
     Series("watchtower_index_published_timestamp_seconds", "Unix time at which the newest index was published; its age "
                                                            "is time() minus this", MODEL),
     Series("watchtower_index_watermark_timestamp_seconds", "watermark of the newest index, Unix time", MODEL),
@@ -95,7 +96,7 @@ _INDEX = {"time": ("published_timestamp_seconds", 1), "watermark_ms": ("watermar
           "recall_vs_exact": ("recall_ratio", 1), "items": ("items", 1), "bytes": ("bytes", 1),
           "build_s": ("build_seconds", 1)}
 _STAGE = {"rows": ("rows", 1), "seconds": ("seconds", 1), "peak_mib": ("peak_memory_bytes", MIB)}
-_CHECKPOINT = {"time": ("timestamp_seconds", 1), "step": ("step", 1), "seconds": ("seconds", 1)}
+_CHECKPOINT = {"time": ("timestamp_seconds", 1), "step": ("step", 1)}
 _CHANNEL = {"watermark_ms": ("watermark_timestamp_seconds", 1e-3), "lag_s": ("watermark_lag_seconds", 1),
             "items": ("items", 1)}
 _PARTS = ("forward", "loss_mean", "backward", "optimizer")
@@ -181,6 +182,8 @@ class RunMetrics:
 
     def _take_checkpoint(self, event: Mapping[str, Any]) -> None:
         self._set_all("checkpoint", _CHECKPOINT, event, **_model(event))
+        for part in ("waited", "copy", "write"):
+            self._set("checkpoint_part_seconds", event.get(f"{part}_s"), **_model(event), part=part)
 
     def _take_index(self, event: Mapping[str, Any]) -> None:
         self._set_all("index", _INDEX, event, **_model(event))

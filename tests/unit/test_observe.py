@@ -31,7 +31,7 @@ STORY = (  # every event that moves a series, as a run writes them
     ("train_step", {"model": "dnn/seed=0", "epoch": 1, "step": 20, "steps": 80, "loss": 4.5, "mean_loss": 4.75,
                     "learning_rate": 1e-3, "rows_per_s": 1000.0, "step_s": 0.05, "eta_s": 3.0, "workers": WORKERS,
                     **{key: value for key, value in WORKERS[0].items() if key not in ("rank", "node")}}),
-    ("checkpoint", {"model": "dnn/seed=0", "step": 20, "seconds": 0.5}),
+    ("checkpoint", {"model": "dnn/seed=0", "step": 20, "waited_s": 0.0, "copy_s": 0.25, "write_s": 0.5}),
     ("index", {"model": "dnn/seed=0", "watermark_ms": 5000, "recall_vs_exact": 0.99, "items": 400, "bytes": 4096,
                "build_s": 0.1}),
     ("epoch", {"model": "dnn/seed=0", "step": 20, "validation_recall@100": 0.75}),
