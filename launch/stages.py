@@ -28,6 +28,8 @@ from typing import Any
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
+from configs.secrets import redacted
+from embeddings.untrusted import read_json
 from launch.run_folder import locked, make_run_folder
 from trainer.events import EventLog, follow, seconds_text
 
@@ -213,17 +215,16 @@ def _with_gone_files(reads: dict[str, Any], ingested: dict[str, Any]) -> dict[st
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(redacted(value), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
+from embeddings.untrusted import inside, read_json
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
@@ -61,6 +62,7 @@ def write_results(config: Config, run_dir: Path) -> None:
     write_metrics(run_dir, metrics)
     serving = _summary(run_dir, config.crm.published, config.seeds[0])
     if serving is not None:
+        inside(run_dir, serving["index"]["folder"], "summary.json of the published model")
         write_whole(run_dir / "indexes" / "serving.json", json.dumps(
             {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
 
@@ -101,7 +103,7 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
     found = _told(outcome)
     if found is not None:
         raise found
-    return json.loads(outcome.read_text())["result"]
+    return read_json(outcome)["result"]
 
 
 def _outcome(run_dir: Path, work: str) -> Path:
@@ -127,7 +129,7 @@ def _told(outcome: Path) -> WatchtowerError | None:
     """The error that a worker left for the driver: it arrives whole, whatever Ray wraps around it."""
     if not outcome.exists():
         return None
-    told = json.loads(outcome.read_text())
+    told = read_json(outcome)
     return ERRORS.get(told["error"], WatchtowerError)(told["message"]) if "error" in told else None
 
 
@@ -138,7 +140,7 @@ def _cause(error: BaseException) -> str:
 
 def _summary(run_dir: Path, model: str, seed: int) -> dict[str, Any] | None:
     try:
-        return json.loads((run_dir / "evaluation" / model / f"seed={seed}" / "summary.json").read_text())
+        return read_json(run_dir / "evaluation" / model / f"seed={seed}" / "summary.json")
     except (OSError, ValueError):
         return None
 

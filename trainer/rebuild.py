@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs.errors import QualityGateError
 from configs.schema import IndexConfig
-from embeddings.index import IndexSpec, ItemIndex
+from embeddings.index import INDEX_FILES, IndexSpec, ItemIndex
 from embeddings.snapshots import publish, verify
 from trainer.batches import Collation, ItemFeatures
 from trainer.metrics import retrieval_metrics
@@ -228,7 +228,7 @@ class IndexRebuilder:
                                       sample_QD=sample_QD, provenance=self._provenance)
         validation: dict[str, float] = {}
         if len(query_QD):
-            verify(folder)
+            verify(folder, *INDEX_FILES)
             index = ItemIndex.load(folder, mmap=False)
             rows_QK = search_rows(index, query_QD, max(self._at), self._item_ids_N)
             metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1,

@@ -7,7 +7,6 @@ config or a log is escaped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from embeddings.untrusted import read_json
 from trainer.charts import COLOURS, Dot, Series, bar_chart, dot_chart, line_chart, missing_figure
 from trainer.events import read_events
 from trainer.page import absent, dot_value, is_number, number, section, table, verdict, with_interval
@@ -535,7 +535,6 @@ def _synthetic_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -32,10 +32,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import WatchtowerError
+from configs.errors import InputError, WatchtowerError
 from configs.loader import config_hash
 from configs.schema import Config, ModelConfig, bayes_name
 from embeddings.snapshots import publish
+from embeddings.untrusted import read_json, read_parquet
 from trainer.checks import crm_checks
 from trainer.metrics import bootstrap_cis, paired_ci
 
@@ -290,8 +291,8 @@ def _requests_of(table: pa.Table) -> str:
 
 def _read_queries(folder: Path) -> pa.Table:
     try:
-        return pq.read_table(folder / "queries.parquet", partitioning=None).sort_by("query_id").combine_chunks()
-    except (OSError, pa.ArrowException) as error:
+        return read_parquet(folder / "queries.parquet").sort_by("query_id").combine_chunks()
+    except (OSError, pa.ArrowException, InputError) as error:
         raise WatchtowerError(f"{folder / 'queries.parquet'} cannot be read ({error}): "
                               "run `watchtower evaluate` again") from error
 
@@ -302,7 +303,7 @@ def _floats(column: pa.ChunkedArray) -> np.ndarray:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise WatchtowerError(f"{path} cannot be read ({error}): run its stage again") from error
 
