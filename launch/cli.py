@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.secrets import redact
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -242,7 +243,7 @@ def _end_on_sigterm() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"watchtower: {message}", file=sys.stderr, flush=True)
+    print(f"watchtower: {redact(message)}", file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception, run_dir: str | None) -> int:
@@ -250,7 +251,7 @@ def _fail(error: Exception, run_dir: str | None) -> int:
     if os.environ.get("WATCHTOWER_TRACEBACK", "") not in ("", "0"):
         import traceback
 
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     found = unwrap(error)
     if found is not None:
         _say("\n".join([str(found), *getattr(error, "__notes__", [])]))
@@ -271,7 +272,7 @@ def _write_log(error: Exception, run_dir: str | None) -> Path | None:
             continue
         path = Path(folder) / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         try:
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            path.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8", errors="replace")
         except OSError:
             continue
         return path

@@ -559,6 +559,7 @@ def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
     failed = failed_gates(metrics, gates)
     if failed:
         count = f"{len(failed)} of {len(gates)} quality gates (gates.at_least) fell short:\n    "
-        raise QualityGateError(count + "\n    ".join(failed))
+        kept = "\nserving.json still names what served before; what was measured is kept in " + str(run_dir)
+        raise QualityGateError(count + "\n    ".join(failed) + kept)
     if gates:
         print(f"quality gates: all {len(gates)} met", flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
+from configs.secrets import redacted
 from embeddings.untrusted import inside, read_json
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
@@ -56,12 +57,14 @@ def train_router(config: Config, run_dir: Path) -> dict[str, Any]:
 def write_results(config: Config, run_dir: Path) -> None:
     """metrics.json from what the run folder holds, and the pointer to the index that serves."""
     from trainer.ceiling import synthetic_metrics
-    from trainer.results import assemble, write_metrics, write_whole
+    from trainer.results import assemble, unmet, write_metrics, write_whole
 
     metrics = assemble(run_dir, config) | {"synthetic": synthetic_metrics(run_dir, config)}
     write_metrics(run_dir, metrics)
     serving = _summary(run_dir, config.crm.published, config.seeds[0])
-    if serving is not None:
+    if unmet(metrics, config.gates.at_least):
+        print("indexes/serving.json stays as it is: a quality gate (gates.at_least) fell short", flush=True)
+    elif serving is not None:
         inside(run_dir, serving["index"]["folder"], "summary.json of the published model")
         write_whole(run_dir / "indexes" / "serving.json", json.dumps(
             {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
@@ -185,7 +188,7 @@ def _worker(settings: dict[str, Any]) -> None:
 def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     outcome.parent.mkdir(parents=True, exist_ok=True)
     beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
-    beside.write_text(json.dumps(told))
+    beside.write_text(json.dumps(redacted(told)))
     beside.replace(outcome)
 
 

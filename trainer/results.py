@@ -209,6 +209,12 @@ def failed_gates(metrics: Mapping[str, Any], at_least: Mapping[str, float]) -> l
     return lines
 
 
+def unmet(metrics: Mapping[str, Any], at_least: Mapping[str, float]) -> list[str]:
+    """The gates that fell short of what is measured so far; those on what is not measured yet wait."""
+    return failed_gates(metrics, {path: least for path, least in at_least.items()
+                                  if value_at(metrics, path) is not None})
+
+
 def headline_length(at: Sequence[int]) -> int:
     """The list length that tables and checks speak of: 100, or the longest where 100 is not measured."""
     return 100 if 100 in at else max(at)
