@@ -169,8 +169,8 @@ def _read_file(path: Path, tree: _Tree, chain: tuple[Path, ...] = (), *, may_ext
     if len(chain) >= MAX_EXTENDS or path.resolve() in chain:
         raise InputError(f"{path}: extends goes round in a circle: {' -> '.join(map(str, (*chain, path)))}")
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is no plain file")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: is no plain file")  # a device or a pipe would never end
         if (size := path.stat().st_size) > MOST_BYTES:
             raise InputError(f"{path}: has {size} bytes; a config has {MOST_BYTES} at most")
         text = path.read_text(encoding="utf-8")

@@ -142,7 +142,21 @@ def open_parquet(source: pa.NativeFile, name: str) -> pq.ParquetFile:
     if found:
         _check_arrow_schema((metadata.metadata or {}).get(_HIDDEN_SCHEMA), name)
     source.seek(0)
-    return pq.ParquetFile(source)
+    parquet = pq.ParquetFile(source, page_checksum_verification=True)  # of files that have such checksums
+    _names(parquet.schema_arrow, name)
+    return parquet
+
+
+def _names(schema: pa.Schema, source: str) -> list[str]:
+    try:
+        return schema.names
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: the name of a column is no text in UTF-8 ({error})") from error
+
+
+def _check_once(names: list[str], source: str) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{source}: has two columns called {twice[0]}")
 
 
 def _parquet_footer(source: pa.NativeFile, size: int) -> bytes:
@@ -219,6 +233,7 @@ def read_parquet(path: Path | str, columns: list[str] | None = None) -> pa.Table
     """
     with pa.memory_map(str(path)) as source:
         parquet = open_parquet(source, str(path))
+        _check_once(parquet.schema_arrow.names, str(path))
         missing = [name for name in columns or [] if name not in parquet.schema_arrow.names]
         if missing:
             raise InputError(f"{path}: has no column {', '.join(missing)}; it has "
@@ -262,6 +277,7 @@ def map_arrow(path: Path | str) -> pa.RecordBatch:
         reader = pa.ipc.open_file(source)
         if reader.num_record_batches != 1:
             raise InputError(f"{path}: has {reader.num_record_batches} record batches where one is needed")
+        _check_once(_names(reader.schema, str(path)), str(path))
         batch = reader.get_batch(0)
         batch.validate()
         return batch

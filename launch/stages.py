@@ -517,19 +517,38 @@ def report(config: Config, run_dir: Path) -> dict[str, Any] | None:
     """Write report.html from what the run folder holds."""
     from trainer.report import write_report
 
-    found = write_report(run_dir)
+    found = told(run_dir / "metrics.json", lambda: write_report(run_dir))
     return found if isinstance(found, dict) else None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """What was measured; None where there is nothing yet, or nothing that reads."""
+    return _read_json(run_dir / "metrics.json")
+
+
+def told(path: Path, tell: Callable[[], Any]) -> Any:
+    """What `tell` makes of the numbers of a file of this run.
+
+    Raises:
+        WatchtowerError: the file holds something else than a run writes. It is read in too many places to check each.
+    """
+    try:
+        return tell()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, ArithmeticError) as error:
+        raise WatchtowerError(f"{path}: is not what a run writes ({type(error).__name__}: {str(error)[:200]}); remove "
+                              "it and run its stage again") from error
 
 
 def show_results(run_dir: Path) -> None:
     """Print the table of results and the path of the report."""
-    metrics = _read_json(run_dir / "metrics.json")
+    metrics = read_metrics(run_dir)
     if metrics is None:
         return
     from trainer.report import results_table
 
-    print(f"\n{results_table(metrics)}\n", flush=True)
-    seconds = sum(float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values())
+    print(f"\n{told(run_dir / 'metrics.json', lambda: results_table(metrics))}\n", flush=True)
+    seconds = told(run_dir / "metrics.json", lambda: sum(
+        float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values()))
     print(f"stages: {seconds_text(seconds)} in all" if seconds else "", end="\n" if seconds else "")
     for name, path in (("metrics", run_dir / "metrics.json"), ("report", run_dir / "report.html")):
         if path.exists():
@@ -549,7 +568,7 @@ def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
         return
     from trainer.results import failed_gates, value_at
 
-    metrics = _read_json(run_dir / "metrics.json") or {}
+    metrics = read_metrics(run_dir) or {}
     gates = config.gates.at_least
     if partly:
         gates = {path: least for path, least in gates.items() if value_at(metrics, path) is not None}

@@ -20,7 +20,7 @@ from typing import Any
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 from configs.secrets import redacted
-from embeddings.untrusted import inside, read_json
+from embeddings.untrusted import damaged, inside, read_json
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
@@ -106,7 +106,7 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
     found = _told(outcome)
     if found is not None:
         raise found
-    return read_json(outcome)["result"]
+    return _read_outcome(outcome)["result"]
 
 
 def _outcome(run_dir: Path, work: str) -> Path:
@@ -132,8 +132,15 @@ def _told(outcome: Path) -> WatchtowerError | None:
     """The error that a worker left for the driver: it arrives whole, whatever Ray wraps around it."""
     if not outcome.exists():
         return None
-    told = read_json(outcome)
-    return ERRORS.get(told["error"], WatchtowerError)(told["message"]) if "error" in told else None
+    told = _read_outcome(outcome)
+    return ERRORS.get(str(told["error"]), WatchtowerError)(str(told.get("message"))) if "error" in told else None
+
+
+def _read_outcome(outcome: Path) -> dict[str, Any]:
+    try:
+        return read_json(outcome)
+    except (OSError, ValueError) as error:
+        raise damaged(outcome, error, "run the stage again") from error
 
 
 def _cause(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-LANES = ("unit", "two_process", "end_to_end", "real_logs")
+LANES = ("unit", "fuzz", "two_process", "end_to_end", "real_logs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -249,6 +249,9 @@ def check_columns(schema: pa.Schema, wanted: list[Wanted], source: str, mapping:
     Raises:
         InputError: naming the file, the column, what was found and what is needed.
     """
+    for w in wanted:
+        if schema.names.count(w.column) > 1:
+            raise InputError(f"{source}: has two columns called {w.column}. Take one out, or give it another name.")
     missing = [w for w in wanted if w.required and w.column not in schema.names]
     if missing:
         lines = []
