@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -43,47 +44,46 @@ def worker(settings: dict) -> None:
     ray.train.report({"done": True})
 
 
-def main(folder: str) -> None:
-    import threading
+def intruders(gcs: str) -> dict[str, subprocess.Popen]:
+    """Callers with another token and with none. They try for half a minute, beside everything else."""
+    others = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    return {name: subprocess.Popen([sys.executable, "-c", INTRUDER.format(gcs)], env={**others, **environment},
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            for name, environment in {"another token": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+                                      "no token": {"RAY_AUTH_MODE": "disabled"}}.items()}
 
-    config = load("configs/smoke.yaml", [f"run_dir={folder}"])
-    with start_ray(config) as cluster:
+
+def watch(folder: str, found: set[tuple[str, str]]) -> None:
+    """Note the sockets while both workers are up, and let them go."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not all(
+            os.path.exists(os.path.join(folder, f"up-{rank}")) for rank in (0, 1)):
+        time.sleep(0.2)
+    found.update(listening())
+    open(os.path.join(folder, "seen"), "w").close()
+
+
+def main(folder: str) -> None:
+    found: set[tuple[str, str]] = set()
+    with start_ray(load("configs/smoke.yaml", [f"run_dir={folder}"])) as cluster:
         import ray
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        found: set[tuple[str, str]] = set()
-
-        def watch() -> None:
-            deadline = time.monotonic() + 200
-            while time.monotonic() < deadline and not all(
-                    os.path.exists(os.path.join(folder, f"up-{rank}")) for rank in (0, 1)):
-                time.sleep(0.2)
-            found.update(listening())
-            open(os.path.join(folder, "seen"), "w").close()
-
-        thread = threading.Thread(target=watch)
-        thread.start()
+        gcs = ray.get_runtime_context().gcs_address
+        callers = intruders(gcs)
+        watcher = threading.Thread(target=watch, args=(folder, found))
+        watcher.start()
         TorchTrainer(worker, train_loop_config={"folder": folder}, scaling_config=ScalingConfig(num_workers=2),
                      run_config=RunConfig(name="listeners", storage_path=os.path.join(folder, "ray")),
                      torch_config=TorchConfig(backend="gloo", timeout_s=120)).fit()
-        thread.join()
-        gcs = ray.get_runtime_context().gcs_address
+        watcher.join()
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
-        mode = stat.S_IMODE(os.stat(token).st_mode)
-        secret = open(token).read()
-        answers = {}
-        for name, environment in {"another token": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
-                                  "no token": {"RAY_AUTH_MODE": "disabled"}}.items():
-            others = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-            try:
-                done = subprocess.run([sys.executable, "-c", INTRUDER.format(gcs)], env={**others, **environment},
-                                      capture_output=True, text=True, timeout=40)
-                answers[name] = "inside" in done.stdout
-            except subprocess.TimeoutExpired:
-                answers[name] = False
-        print(json.dumps({"node": gcs, "mode": mode, "inside": answers, "cluster": str(cluster),
-                          "sockets": sorted(found), "secret": secret}))
+        answers = {name: "inside" in caller.communicate(timeout=200)[0] for name, caller in callers.items()}
+        with open(token) as file:
+            secret = file.read()
+        print(json.dumps({"node": gcs, "mode": stat.S_IMODE(os.stat(token).st_mode), "inside": answers,
+                          "cluster": str(cluster), "sockets": sorted(found), "secret": secret}))
 
 
 if __name__ == "__main__":
