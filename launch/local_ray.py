@@ -34,6 +34,7 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 
 SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the index builder
+TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
 
@@ -185,6 +186,8 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             if folder is not None and not keep_logs:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
+        if folder is not None:  # which stays where Ray's logs may tell what went wrong
+            (folder / TOKEN).unlink(missing_ok=True)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -195,7 +198,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
 
 def write_token(folder: Path) -> Path:
     """A fresh token in a file that only this user can read."""
-    path = folder / "token"
+    path = folder / TOKEN
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_hex(32))

@@ -534,7 +534,7 @@ def told(path: Path, tell: Callable[[], Any]) -> Any:
     """
     try:
         return tell()
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, ArithmeticError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WatchtowerError(f"{path}: is not what a run writes ({type(error).__name__}: {str(error)[:200]}); remove "
                               "it and run its stage again") from error
 

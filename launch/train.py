@@ -56,10 +56,12 @@ def train_router(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def write_results(config: Config, run_dir: Path) -> None:
     """metrics.json from what the run folder holds, and the pointer to the index that serves."""
+    from launch.stages import told
     from trainer.ceiling import synthetic_metrics
     from trainer.results import assemble, unmet, write_metrics, write_whole
 
-    metrics = assemble(run_dir, config) | {"synthetic": synthetic_metrics(run_dir, config)}
+    metrics = told(run_dir / "evaluation", lambda: assemble(run_dir, config) | {
+        "synthetic": synthetic_metrics(run_dir, config)})
     write_metrics(run_dir, metrics)
     serving = _summary(run_dir, config.crm.published, config.seeds[0])
     if unmet(metrics, config.gates.at_least):

@@ -284,7 +284,7 @@ def _load_model(name: str, folders: Mapping[int, Path]) -> Evaluation:
             values.setdefault(strategy, {})[metric] = np.stack([_floats(table[column]) for table in tables])
     return Evaluation(name, seeds, _requests_of(first), first["query_id"].to_numpy(), first["user_id"].to_numpy(),
                       values,
-                      {seed: _read_json(folders[seed] / "curve.json") for seed in seeds},
+                      {seed: _read_json(folders[seed] / "curve.json", list) for seed in seeds},
                       {seed: _read_json(folders[seed] / "summary.json") for seed in seeds})
 
 
@@ -307,9 +307,9 @@ def _floats(column: pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.float32()).to_numpy()
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return read_json(path)
+        return read_json(path, kind)
     except (OSError, ValueError) as error:
         raise WatchtowerError(f"{path} cannot be read ({error}): run its stage again") from error
 
