@@ -2,6 +2,8 @@
 # Another interpreter (3.11 or 3.12): make demo PYTHON=/path/to/python3.12. Arguments for pytest: make test-unit ARGS="-k index"
 PYTHON ?= python3.11
 ARGS ?=
+SECONDS ?= 60
+ONLY ?=
 
 VENV := .venv
 # The environment is renewed when one of these changes: the stamp's name is their hash.
@@ -10,13 +12,14 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 # The `timeout` ends a test whose workers wait for each other for ever.
 PYTEST := $(VENV)/bin/python -m pytest --timeout 600 --durations 10
 
-.PHONY: help venv demo smoke test test-unit test-two-process test-end-to-end test-real-logs bench lint clean
+.PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-real-logs bench lint clean
 
 help:
 	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
-	@echo "make test              unit, two-process and end-to-end tests; each also: test-unit, test-two-process, test-end-to-end"
+	@echo "make test              unit, fuzz, two-process and end-to-end tests; each also: test-unit, test-fuzz, .."
 	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
+	@echo "make fuzz              every reader against changed files, guided by coverage; SECONDS=60 of each, ONLY=config,logs"
 	@echo "make bench             the training step against plain PyTorch, and two workers against one"
 	@echo "make lint              ruff and yamllint"
 	@echo "make clean             remove runs/ and caches; .venv stays"
@@ -35,10 +38,21 @@ smoke: $(STAMP)
 	$(VENV)/bin/watchtower run configs/smoke.yaml run_dir=runs/smoke
 
 test: $(STAMP)
-	$(PYTEST) tests/unit tests/two_process tests/end_to_end $(ARGS)
+	$(PYTEST) tests/unit tests/fuzz tests/two_process tests/end_to_end $(ARGS)
 
 test-unit: $(STAMP)
 	$(PYTEST) tests/unit $(ARGS)
+
+test-fuzz: $(STAMP)
+	$(PYTEST) tests/fuzz $(ARGS)
+
+# atheris lives in an environment of its own, which sees the packages of .venv.
+fuzz: $(STAMP)
+	test -x .venv-fuzz/bin/python || $(VENV)/bin/python -m venv .venv-fuzz
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-fuzz/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/watchtower.pth"
+	.venv-fuzz/bin/python -c "import atheris" 2>/dev/null || .venv-fuzz/bin/python -m pip install --quiet atheris
+	PYTHONPATH="$(CURDIR)" .venv-fuzz/bin/python tests/fuzz/long_run.py --seconds $(SECONDS) --only "$(ONLY)" $(ARGS)
 
 test-two-process: $(STAMP)
 	$(PYTEST) tests/two_process $(ARGS)
@@ -57,5 +71,5 @@ lint: $(STAMP)
 	$(VENV)/bin/yamllint --strict configs docker
 
 clean:
-	rm -rf runs build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf runs build fuzz-findings .venv-fuzz .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -24,9 +24,12 @@ from pydantic import BaseModel, ValidationError
 from configs import reference
 from configs.errors import InputError
 from configs.schema import Config
+from configs.secrets import HIDDEN, redacted
 
 Path_ = tuple[str | int, ...]
 MAX_EXTENDS = 8
+MOST_BYTES = 4 << 20  # of a config file
+MOST_NODES = 50_000  # values of a config file, those that aliases repeat counted each time
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -118,6 +121,8 @@ def _parse(text: str) -> tuple[Any, dict[Path_, int]]:
 def _note_lines(node: yaml.Node, path: Path_, lines: dict[Path_, int], above: set[int]) -> None:
     if id(node) in above:
         raise ValueError(f"an alias refers to itself (line {node.start_mark.line + 1})")
+    if len(lines) > MOST_NODES:
+        raise ValueError(f"it has more than {MOST_NODES} values (line {node.start_mark.line + 1})")
     above = above | {id(node)}
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
@@ -160,10 +165,14 @@ def _merged(below: Any, above: Any) -> Any:
     return above
 
 
-def _read_file(path: Path, tree: _Tree, chain: tuple[Path, ...] = ()) -> None:
+def _read_file(path: Path, tree: _Tree, chain: tuple[Path, ...] = (), *, may_extend: bool = True) -> None:
     if len(chain) >= MAX_EXTENDS or path.resolve() in chain:
         raise InputError(f"{path}: extends goes round in a circle: {' -> '.join(map(str, (*chain, path)))}")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: is no plain file")  # a device or a pipe would never end
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise InputError(f"{path}: has {size} bytes; a config has {MOST_BYTES} at most")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5) \
@@ -174,6 +183,8 @@ def _read_file(path: Path, tree: _Tree, chain: tuple[Path, ...] = ()) -> None:
         raise InputError(f"{path}: not a text file in UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the path
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from None
     try:
         values, lines = _parse(text)
     except ValueError as error:
@@ -184,6 +195,8 @@ def _read_file(path: Path, tree: _Tree, chain: tuple[Path, ...] = ()) -> None:
         raise InputError(f"{path}: a config is a mapping of keys to values, this file holds {_shown(values)}")
     parent = values.pop("extends", None)
     if parent is not None:
+        if not may_extend:
+            raise InputError(f"{path}: extends: the config of a run folder stands for itself")
         if not isinstance(parent, str):
             raise InputError(f"{path}: extends: {_shown(parent)} is not the path of another config file")
         _read_file(path.parent / parent, tree, (*chain, path.resolve()))
@@ -388,7 +401,8 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
     path = Path(path)
     tree = _Tree()
     if path.is_dir() and (path / "config.yaml").is_file():
-        _read_file(path / "config.yaml", tree)
+        # A run's own config is whole: what it says stays in its folder.
+        _read_file(path / "config.yaml", tree, may_extend=False)
         tree.values["run_dir"] = str(path)
     else:
         _read_file(path, tree)
@@ -402,6 +416,12 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Config:
         config = Config.model_validate(tree.values, strict=True)
     except ValidationError as error:
         mistakes += _messages(error, tree)
+    except RecursionError:
+        mistakes.append(f"{path}: it is nested too deeply")
+    else:
+        for key in ("logs", "items", "users"):
+            if HIDDEN in (getattr(config.data, key) or ""):
+                mistakes.append(f"data.{key}: the saved config leaves secrets out; give data.{key}=... again")
     if mistakes:
         count = "" if len(mistakes) == 1 else f"{len(mistakes)} mistakes in the config:\n"
         raise InputError(count + "\n".join(mistakes))
@@ -438,17 +458,19 @@ def config_hash(section: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def to_yaml(config: Config) -> str:
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    values = config if isinstance(config, dict) else config.model_dump()
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def save_resolved(config: Config, path: str | os.PathLike) -> None:
-    """Write the whole config with all defaults; `load` of the file gives an equal config. Appears at once and whole."""
+    """Write the whole config with all defaults; `load` of the file gives an equal config, but for secrets that
+    locations carried: these have to be given again. Appears at once and whole."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text("# The resolved config of this run: every key, defaults included.\n" + to_yaml(config),
-                          encoding="utf-8")
+        beside.write_text("# The resolved config of this run: every key, defaults included; secrets are left out.\n"
+                          + to_yaml(redacted(config.model_dump())), encoding="utf-8")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

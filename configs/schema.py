@@ -21,6 +21,8 @@ Text = Annotated[str, Field(min_length=1)]
 HOW_TRAINED = frozenset({"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints",
                          "prefetch", "log_every_steps", "max_restarts", "timeout_s"})
 HOW_INDEXED = frozenset({"device", "threads"})
+# Keys of `index` that decide what is published, not what is trained: a run goes on under a lower gate.
+INDEX_GATES = frozenset({"min_recall", "min_validation_recall", "max_nan_share"})
 # Keys of `evaluate` that decide about the best epoch.
 SEEN_IN_TRAINING = frozenset({"validation_queries", "future", "seed"})
 
@@ -93,7 +95,16 @@ class DataConfig(Section):
         description="rows whose item the catalogue lacks: set aside, or kept on rows of their own without features")
     item_categories: list[str] = Field(default_factory=list, description="categorical columns of the catalogue")
     user_categories: list[str] = Field(default_factory=list, description="categorical columns of the users table")
-    shards: Positive | None = Field(None, description="sequence shards; null: one per 2 million rows, at least 8")
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="sequence shards; null: one per 2 million rows, at least 8")
+
+    @field_validator("item_categories", "user_categories")
+    @classmethod
+    def _name_files(cls, value: list[str]) -> list[str]:
+        if any(not name or "/" in name or "\\" in name or not name.isprintable() for name in value):
+            raise ValueError("a category's name is not empty and has no / or \\ in it, for it names a file of its own; "
+                             "give another name and map it with data.item_columns or data.user_columns")
+        return value
 
 
 class TestUsers(Section):
@@ -258,6 +269,12 @@ class IndexConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the index is built")
     threads: Positive | None = Field(None, description="FAISS threads; null: the worker's own")
     min_recall: Share = Field(0.95, description="gate: recall@100 against exact search, else not published")
+    min_validation_recall: Share | None = Field(
+        None, description="gate: recall@100 of the validation requests through each epoch's index, also the first, "
+                          "else not published; null: off")
+    max_nan_share: Share = Field(
+        0.0, description="gate: share of items whose vector is not finite, else not published; up to it they are left "
+                         "out of the index")
     recall_queries: Positive = Field(200, description="queries the recall is measured on")
 
 
@@ -352,6 +369,9 @@ class ChannelsConfig(Section):
                                      description="the channels, in the order of the labels")
     top: Positive = Field(50, description="neighbours of an item that a snapshot keeps")
     window_h: PositiveFloat | None = Field(None, description="hours of logs before a watermark that count; null: all")
+    min_items_with_list: Share = Field(
+        0.0, description="gate: share of the items seen before the watermark that have neighbours, else the snapshot "
+                         "is not published")
     rollback_min: Annotated[float, Field(ge=0)] = Field(
         20.0, description="minutes after its watermark from which a snapshot is in use")
     snapshots: Literal["requests", "daily"] | None = Field(
@@ -531,7 +551,8 @@ class RoutingConfig(Section):
 class GatesConfig(Section):
     """Thresholds that end a run with exit code 3. Keys are paths in metrics.json, values the least mean allowed."""
 
-    at_least: dict[str, float] = Field(default_factory=dict, description="metric path: least value")
+    at_least: dict[str, float] = Field(
+        default_factory=dict, description="metric path: least value; below it serving.json keeps what served before")
 
 
 class RayConfig(Section):

@@ -9,8 +9,10 @@ Shape suffixes: N = items, Q = queries, D = vector width.
 import json
 import math
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,13 +23,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
+from embeddings.untrusted import parse_json, read_parquet, whole_column
 
 INDEX_FILE = "index.faiss"
 IDS_FILE = "item_ids.parquet"
+INDEX_FILES = (INDEX_FILE, IDS_FILE)
 _METADATA_KEY = b"watchtower.index"
 # Maps every kind of index into memory, not only inverted lists.
 _MMAP_FLAG = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
 _EXACT_BATCH = 64
+_MOST_WIDTH = 1 << 20
+_FAISS_LIMIT = faiss.get_deserialization_vector_byte_limit()
+_READING, _reading = threading.Lock(), []  # sizes of the index files that are being read
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class ItemIndex:
         search: Mapping[str, float] | None = None,
         threads: int | None = None,
     ) -> "ItemIndex":
-        """Read a saved index. Verify the snapshot first (`embeddings.snapshots.verify`): FAISS trusts its files.
+        """Read a saved index. Verify the snapshot first (`verify(folder, *INDEX_FILES)`): FAISS trusts its files.
 
         Args:
             folder: holds index.faiss and item_ids.parquet.
@@ -264,23 +271,32 @@ class ItemIndex:
             threads: as in IndexSpec.
 
         Raises:
-            WatchtowerError: naming the file that is missing, damaged or does not fit the other.
+            WatchtowerError: naming the file that is missing, damaged or does not fit the other; one that asks for more
+                memory than it has bytes.
             InputError: search parameters that do not apply.
         """
         folder = Path(folder)
         try:
-            table = pq.read_table(folder / IDS_FILE)
-            described = json.loads(table.schema.metadata[_METADATA_KEY])
-            item_ids = table.column("item_id").to_numpy()
-            spec = IndexSpec(described["factory"], described["search"] if search is None else search, device, threads)
-            width, build_seconds = int(described["width"]), float(described["build_seconds"])
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            table = read_parquet(folder / IDS_FILE, ["item_id"])
+            described = parse_json((table.schema.metadata or {})[_METADATA_KEY])
+            item_ids = whole_column(table, "item_id", pa.int64(), str(folder / IDS_FILE)).to_numpy()
+            width = int(_described_number(described, "width"))
+            build_seconds = float(_described_number(described, "build_seconds"))
+            factory, saved = described["factory"], described["search"]
+            if not isinstance(factory, str) or not isinstance(saved, dict) or not 1 <= width <= _MOST_WIDTH:
+                raise ValueError("its factory, search parameters or width are none")
+            spec = IndexSpec(factory, {name: _described_number(saved, name) for name in saved} if search is None
+                             else search, device, threads)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, InputError) as error:
             raise WatchtowerError(f"{folder / IDS_FILE}: cannot be read as the ids of an index ({error})") from error
         _set_threads(spec)
         try:
-            index = faiss.read_index(str(folder / INDEX_FILE), _MMAP_FLAG if mmap else 0)
-        except (RuntimeError, MemoryError) as error:
+            with _bounded_by(folder / INDEX_FILE):
+                index = faiss.read_index(str(folder / INDEX_FILE), _MMAP_FLAG if mmap else 0)
+        except (RuntimeError, MemoryError, OSError) as error:
             raise WatchtowerError(f"{folder / INDEX_FILE}: cannot be read ({_reason(error)})") from error
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise WatchtowerError(f"{folder / INDEX_FILE}: is no index of inner products")
         if index.ntotal != len(item_ids) or index.d != factory_width(width, spec.factory):
             raise WatchtowerError(
                 f"{folder}: {INDEX_FILE} holds {index.ntotal} vectors of width {index.d}, {IDS_FILE} {len(item_ids)} "
@@ -356,6 +372,31 @@ def _exact_scores(queries_QD: np.ndarray, vectors_ND: np.ndarray, positions_QK: 
     gathered_QKD = vectors_ND[np.maximum(positions_QK, 0)].astype(np.float64)
     scores_QK = np.einsum("qd,qkd->qk", queries_QD.astype(np.float64), gathered_QKD)
     return np.where(positions_QK < 0, -np.inf, scores_QK)
+
+
+@contextmanager
+def _bounded_by(path: Path) -> Iterator[None]:
+    """While an index is read, FAISS allocates no array that is larger than the file: a length in it may be a lie.
+
+    The limit is the process's; a thread that reads another index meanwhile is bounded by the wider of the two.
+    """
+    size = path.stat().st_size
+    with _READING:
+        _reading.append(size)
+        faiss.set_deserialization_vector_byte_limit(max(_reading))
+    try:
+        yield
+    finally:
+        with _READING:
+            _reading.remove(size)
+            faiss.set_deserialization_vector_byte_limit(max(_reading) if _reading else _FAISS_LIMIT)
+
+
+def _described_number(described: Mapping, name: str) -> float:
+    value = described[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is no number")
+    return value
 
 
 def _set_threads(spec: IndexSpec) -> None:

@@ -10,6 +10,7 @@ beside each other under the names `<watermark_ms>` or `<watermark_ms>-<step>`:
 The watermark is the end of what a snapshot has seen: every event before it, none at or after it (Unix ms).
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, WatchtowerError
+from configs.secrets import redacted
+from embeddings.untrusted import read_json
 
 MANIFEST = "manifest.json"
 
@@ -34,6 +37,7 @@ _SNAPSHOT_NAME = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _ATTEMPT_FOLDER = re.compile(r"\..+\.attempt-[0-9a-f]{32}\.tmp", re.ASCII)
 # Where a file system has no locks, only a folder that nobody touched for this long counts as dead.
 _UNLOCKABLE_DEAD_AFTER_S = 24 * 3600.0
+_seen: dict[tuple[str, int, int, int], str] = {}  # what verify_file has read, and its checksum
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -113,12 +117,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
     except FileNotFoundError as error:
         raise WatchtowerError(f"{path}: missing, so this is not a published snapshot") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise WatchtowerError(f"{path}: damaged ({error})") from error
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    files = manifest.get("files")
     if not isinstance(files, dict):
         raise WatchtowerError(f"{path}: damaged (no list of files)")
     for name, entry in files.items():
@@ -127,13 +131,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             not isinstance(entry, dict)
             or not isinstance(entry.get("sha256"), str)
             or type(entry.get("bytes")) is not int
+            or entry["bytes"] < 0
         ):
             raise WatchtowerError(f"{path}: damaged (no sha256 and bytes for {name!r})")
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, *needed: str) -> dict[str, Any]:
     """Read every file of a snapshot against its manifest and return the manifest. Files it does not name are ignored.
+
+    Args:
+        needed: the files that the caller is going to read: a manifest that does not name them vouches for nothing.
 
     Raises:
         WatchtowerError: naming the first file that is missing, of another size or of another content.
@@ -142,21 +150,53 @@ def verify(folder: Path) -> dict[str, Any]:
     folder = Path(folder)
     manifest = read_manifest(folder)
     inside = folder.resolve()
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        try:
-            if not path.resolve().is_relative_to(inside):
-                raise InputError(f"{path}: a link that leads out of the snapshot")
-            if not path.is_file():
-                raise WatchtowerError(f"{path}: damaged snapshot, the file is missing")
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise WatchtowerError(f"{path}: damaged snapshot, {size} bytes instead of {entry['bytes']}")
-            if _sha256(path) != entry["sha256"]:
-                raise WatchtowerError(f"{path}: damaged snapshot, the content does not match its checksum")
-        except (OSError, RuntimeError, ValueError) as error:
-            raise WatchtowerError(f"{folder}: damaged snapshot, {name!r} cannot be read ({error})") from error
+    for name in needed:
+        if name not in manifest["files"]:
+            raise WatchtowerError(f"{folder}: damaged snapshot, its manifest does not name {name}")
+    for name in manifest["files"]:
+        _verify_file(folder, manifest, name, inside)
     return manifest
+
+
+def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """Read one file of a snapshot against its manifest, once a process as long as it stays as it is.
+
+    For snapshots whose files are read one at a time, each of them large.
+
+    Returns:
+        Its path.
+
+    Raises:
+        As `verify`, of this file alone.
+    """
+    folder = Path(folder)
+    if name not in manifest["files"]:
+        raise WatchtowerError(f"{folder}: damaged snapshot, its manifest does not name {name}")
+    path = folder / name
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        if _seen.get((str(path), found.st_ino, found.st_size, found.st_mtime_ns)) == manifest["files"][name]["sha256"]:
+            return path
+    _verify_file(folder, manifest, name, folder.resolve())
+    found = path.stat()
+    _seen[str(path), found.st_ino, found.st_size, found.st_mtime_ns] = manifest["files"][name]["sha256"]
+    return path
+
+
+def _verify_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: Path) -> None:
+    path, entry = folder / name, manifest["files"][name]
+    try:
+        if not path.resolve().is_relative_to(inside):
+            raise InputError(f"{path}: a link that leads out of the snapshot")
+        if not path.is_file():
+            raise WatchtowerError(f"{path}: damaged snapshot, the file is missing")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise WatchtowerError(f"{path}: damaged snapshot, {size} bytes instead of {entry['bytes']}")
+        if _sha256(path) != entry["sha256"]:
+            raise WatchtowerError(f"{path}: damaged snapshot, the content does not match its checksum")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WatchtowerError(f"{folder}: damaged snapshot, {name!r} cannot be read ({error})") from error
 
 
 def list_snapshots(parent: Path) -> list[Snapshot]:
@@ -167,7 +207,8 @@ def list_snapshots(parent: Path) -> list[Snapshot]:
     found = []
     for path in parent.iterdir():
         match = _SNAPSHOT_NAME.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
+        # A link would let a folder show what lies elsewhere. No time has 20 digits: int64 ends before.
+        if match and len(path.name) < 40 and not path.is_symlink() and (path / MANIFEST).is_file():
             found.append(Snapshot(int(match[1]), None if match[2] is None else int(match[2]), path))
     return sorted(found, key=lambda snapshot: snapshot.age_order)
 
@@ -320,7 +361,7 @@ def _as_json(target: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "files" in manifest:
         raise InputError(f"{target}: `files` is not for the caller's manifest, publish fills it")
     try:
-        return json.loads(json.dumps(dict(manifest), allow_nan=False))
+        return json.loads(json.dumps(redacted(dict(manifest)), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InputError(f"{target}: the manifest is not JSON ({error})") from error
 

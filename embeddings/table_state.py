@@ -22,6 +22,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from embeddings.tables import ShardedTables, TableShard
+from embeddings.untrusted import read_json
 
 FORMAT = "watchtower-tables/1"
 # Bounds the host memory of a load.
@@ -128,7 +129,7 @@ def _read_layout(tables: ShardedTables, folder: Path) -> dict[tuple[str, str], l
     ranks = []
     for path in paths:
         try:
-            header = json.loads(path.read_text())
+            header = read_json(path)
             if header["format"] != FORMAT:
                 raise InputError(f"{path}: format {header['format']!r} is not {FORMAT!r}")
             if header["optimizer"] != tables.optimizer:
@@ -137,7 +138,7 @@ def _read_layout(tables: ShardedTables, folder: Path) -> dict[tuple[str, str], l
                 raise InputError(f"{path}: written by {header['world_size']} ranks, but here are {len(paths)} files")
             ranks.append(header["rank"])
             blocks = [_parse_block(path, entry, dims) for entry in header["shards"]]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise InputError(f"{path}: not a header of embedding tables ({type(error).__name__}: {error})") from error
         for block in blocks:
             saved.setdefault((block.table, block.kind), []).append(block)

@@ -22,17 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from configs.errors import WatchtowerError
+import numpy as np
+
+from configs.errors import QualityGateError, WatchtowerError
 from configs.schema import Config
-from embeddings.snapshots import list_snapshots, read_manifest, verify
+from embeddings.snapshots import Snapshot, list_snapshots, read_manifest, verify
 from trainer import item_statistics
 from trainer.channels import CHANNELS, Given, absent_channels, build_channel, made_from, present_channels, watermarks
 from trainer.co_views import CoViews
-from trainer.neighbors import publish_neighbors
+from trainer.neighbors import NeighborLists, publish_neighbors
 from trainer.sequences import SequenceStore
 
 STATISTICS_FORMAT = 2
 _UNFINISHED = ".co-views."
+REJECTED = "rejected"  # beside a channel's snapshots: those below their gate, where no reader looks
 
 
 class Executor(Protocol):
@@ -175,11 +178,33 @@ def publish_channel(work: Work, name: str, watermark_ms: int) -> tuple[str, floa
     given = work.given(store)
     manifest = made_from(name, watermark_ms, _fingerprint(store), given)
     built = build_channel(name, CoViews.open(work.scratch / str(watermark_ms)), given)
-    publish_neighbors(work.channels / name, watermark_ms, built.lists, store.vocabulary,
-                      {**manifest, "counts": dict(built.facts)}, replace=True)
-    items = int((built.lists.length_N > 0).sum())
+    items, seen = int((built.lists.length_N > 0).sum()), _items_seen(store, watermark_ms)
+    failed = failed_channel_gate(items, seen, built.lists, work.config.channels.min_items_with_list)
+    folder = work.channels / name if failed is None else work.channels / name / REJECTED
+    published = publish_neighbors(folder, watermark_ms, built.lists, store.vocabulary,
+                                  {**manifest, "counts": dict(built.facts)}, replace=True)
+    if failed is not None:
+        raise QualityGateError(f"channel {name} as of {_utc(watermark_ms)}: {failed}; it was not published, and is "
+                               f"kept in {published}")
     return (name, time.perf_counter() - began,
             f"{name} as of {_utc(watermark_ms)}: {items:,} items, {len(built.lists.neighbor_L):,} neighbours")
+
+
+def failed_channel_gate(items: int, seen: int, lists: NeighborLists, least: float) -> str | None:
+    """Why a snapshot may not be published; None where it may.
+
+    Args:
+        items: with a list. seen: first seen before the watermark. least: channels.min_items_with_list.
+    """
+    if (bad := int((~np.isfinite(lists.score_L)).sum())):
+        return f"{bad} of its {len(lists.score_L)} scores are not finite"
+    share = items / seen if seen else 1.0
+    return None if share >= least else (f"{items} of {seen} items have neighbours, a share of {share:.3g} below "
+                                        f"channels.min_items_with_list {least:g}")
+
+
+def _items_seen(store: SequenceStore, watermark_ms: int) -> int:
+    return int((store.catalogue.first_seen_ms_N[1:] < watermark_ms).sum())
 
 
 def publish_statistics(work: Work, watermark_ms: int) -> tuple[str, float, str]:
@@ -211,11 +236,19 @@ def _kept(work: Work, store: SequenceStore, names: Iterable[str], at: Sequence[i
             if watermark_ms in at and snapshot.step is None:
                 wanted = (_statistics_from(store) if name == item_statistics.NAME
                           else made_from(name, watermark_ms, _fingerprint(store), given))
-                if _is_whole(snapshot.path, wanted):
+                if _is_whole(snapshot.path, wanted) and _meets_gate(work, store, snapshot, name):
                     kept.add((name, watermark_ms))
                     continue
             shutil.rmtree(snapshot.path)
     return kept
+
+
+def _meets_gate(work: Work, store: SequenceStore, snapshot: Snapshot, name: str) -> bool:
+    """Whether a snapshot of an earlier run meets the gate of this one; else it is made, judged and kept aside anew."""
+    if name == item_statistics.NAME:
+        return True
+    seen, items = _items_seen(store, snapshot.watermark_ms), read_manifest(snapshot.path).get("items")
+    return isinstance(items, int) and items >= work.config.channels.min_items_with_list * seen
 
 
 def _is_whole(folder: Path, wanted: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.secrets import redact
 from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
 
@@ -244,7 +245,8 @@ def _end_on_sigterm() -> None:
 
 
 def _say(message: str) -> None:
-    say(message if is_json() else f"watchtower: {message}", "error", sys.stderr)
+    told = redact(message)
+    say(told if is_json() else f"watchtower: {told}", "error", sys.stderr)
 
 
 def _fail(error: Exception, run_dir: str | None) -> int:
@@ -252,7 +254,7 @@ def _fail(error: Exception, run_dir: str | None) -> int:
     if os.environ.get("WATCHTOWER_TRACEBACK", "") not in ("", "0"):
         import traceback
 
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     found = unwrap(error)
     if found is not None:
         _say("\n".join([str(found), *getattr(error, "__notes__", [])]))
@@ -273,7 +275,7 @@ def _write_log(error: Exception, run_dir: str | None) -> Path | None:
             continue
         path = Path(folder) / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         try:
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            path.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8", errors="replace")
         except OSError:
             continue
         return path

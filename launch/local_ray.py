@@ -7,6 +7,10 @@ A local Ray is told of more CPUs than a small machine has, so that Ray Data and 
 training workers and never wait for ever. It gets a folder of its own under /tmp (its sockets need a short path, and a
 "current cluster" that a killed driver left behind must not catch us), no dashboard, and says nothing: workers speak
 through events.jsonl. The environment that workers need is set before Ray starts, which is faster than a runtime_env.
+
+Nobody else on the machine or the network gets in: a local Ray takes the loopback address for its node, and asks every
+caller for a token of its own, which is made for the run, lies in its folder for this user alone, and is never shown.
+What Ray and torch bind elsewhere all the same is named in SECURITY.md. A cluster's own authentication is left as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -29,6 +34,8 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 
 SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the index builder
+TOKEN = "token"
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
 
 
@@ -89,7 +96,9 @@ def worker_environment(config: Config, *, local: bool) -> dict[str, str]:
     if config.train.device == "cpu" or (config.train.device == "auto" and not _has_nvidia()):
         found["DS_ACCELERATOR"] = "cpu"
     if local:
-        found |= {"RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "lo", "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1"}
+        found |= {"RAY_AUTH_MODE": "token", "GLOO_SOCKET_IFNAME": "lo", "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+                  # Ray's switch for one machine alone, whatever its name says: the node's address is the loopback one.
+                  LOOPBACK_SWITCH: "0"}
     return {name: os.environ.get(name, value) for name, value in found.items()}
 
 
@@ -133,19 +142,26 @@ def start_ray(config: Config) -> Iterator[Cluster]:
         address = None
     begin = time.perf_counter()
     variables = worker_environment(config, local=address is None)
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
     folder = None
+    if address is None:
+        folder = Path(tempfile.mkdtemp(prefix="wt-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+        variables["RAY_AUTH_TOKEN_PATH"] = str(write_token(folder))
+    # A token in a variable would win over the file; on a cluster it is the cluster's.
+    before = {name: os.environ.get(name) for name in (*variables, *(["RAY_AUTH_TOKEN"] if folder else []))}
+    os.environ.update(variables)
+    if folder is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         import ray
+
+        _tell_ray()
 
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         try:
             if address is not None:
                 ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
             else:
-                folder = Path(tempfile.mkdtemp(prefix="wt-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
                 ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, _temp_dir=str(folder),
                          object_store_memory=object_store_bytes(), **quiet)
         except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
@@ -170,11 +186,40 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             if folder is not None and not keep_logs:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
+        if folder is not None:  # which stays where Ray's logs may tell what went wrong
+            (folder / TOKEN).unlink(missing_ok=True)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _tell_ray()
+
+
+def write_token(folder: Path) -> Path:
+    """A fresh token in a file that only this user can read."""
+    path = folder / TOKEN
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _tell_ray() -> None:
+    """A process that imported Ray before has read these variables already: let it read them again."""
+    import sys
+
+    if "ray._raylet" not in sys.modules:
+        return
+    import ray._private.ray_constants as constants
+
+    constants.ENABLE_RAY_CLUSTER = os.environ.get(LOOPBACK_SWITCH, "1") != "0"
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import Config as RayConfig
+
+        RayConfig.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _give_back_sigterm(handler: Any) -> None:

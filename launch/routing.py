@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config
-from trainer.results import plain, write_whole
+from trainer.results import plain, unmet, write_whole
 from trainer.routing_evaluation import (
     JOINT,
     Judge,
@@ -117,7 +117,10 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
     metrics = routing_metrics(judged, config, run.snapshots.names, absent, list(dict.fromkeys(order)))
     metrics["absent_channels"] = {name: {"absent": reason} for name, reason in run.absent_channels.items()}
     write_whole(run_dir / "evaluation" / "routing" / "metrics.json", _text(metrics))
-    _say_what_serves(run, routers)
+    if unmet({"routing": metrics}, config.gates.at_least):
+        print("routing/serving.json stays as it is: a quality gate (gates.at_least) fell short", flush=True)
+    else:
+        _say_what_serves(run, routers)
     return {"rows": len(judged.user_id_R), "absent": absent}
 
 

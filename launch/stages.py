@@ -28,6 +28,8 @@ from typing import Any
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
+from configs.secrets import redacted
+from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
 from launch.run_folder import locked, make_run_folder
@@ -215,17 +217,16 @@ def _with_gone_files(reads: dict[str, Any], ingested: dict[str, Any]) -> dict[st
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(redacted(value), indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -532,19 +533,38 @@ def report(config: Config, run_dir: Path) -> dict[str, Any] | None:
     """Write report.html from what the run folder holds."""
     from trainer.report import write_report
 
-    found = write_report(run_dir)
+    found = told(run_dir / "metrics.json", lambda: write_report(run_dir))
     return found if isinstance(found, dict) else None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """What was measured; None where there is nothing yet, or nothing that reads."""
+    return _read_json(run_dir / "metrics.json")
+
+
+def told(path: Path, tell: Callable[[], Any]) -> Any:
+    """What `tell` makes of the numbers of a file of this run.
+
+    Raises:
+        WatchtowerError: the file holds something else than a run writes. It is read in too many places to check each.
+    """
+    try:
+        return tell()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WatchtowerError(f"{path}: is not what a run writes ({type(error).__name__}: {str(error)[:200]}); remove "
+                              "it and run its stage again") from error
 
 
 def show_results(run_dir: Path) -> None:
     """Print the table of results and the path of the report."""
-    metrics = _read_json(run_dir / "metrics.json")
+    metrics = read_metrics(run_dir)
     if metrics is None:
         return
     from trainer.report import results_table
 
-    say(f"\n{results_table(metrics)}\n")
-    seconds = sum(float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values())
+    say(f"\n{told(run_dir / 'metrics.json', lambda: results_table(metrics))}\n")
+    seconds = told(run_dir / "metrics.json", lambda: sum(
+        float(found.get("seconds") or 0) for found in (metrics.get("stages") or {}).values()))
     if seconds:
         say(f"stages: {seconds_text(seconds)} in all")
     for name, path in (("metrics", run_dir / "metrics.json"), ("report", run_dir / "report.html")):
@@ -565,7 +585,7 @@ def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
         return
     from trainer.results import failed_gates, value_at
 
-    metrics = _read_json(run_dir / "metrics.json") or {}
+    metrics = read_metrics(run_dir) or {}
     gates = config.gates.at_least
     if partly:
         gates = {path: least for path, least in gates.items() if value_at(metrics, path) is not None}
@@ -575,6 +595,7 @@ def judge(config: Config, run_dir: Path, partly: bool = False) -> None:
     failed = failed_gates(metrics, gates)
     if failed:
         count = f"{len(failed)} of {len(gates)} quality gates (gates.at_least) fell short:\n    "
-        raise QualityGateError(count + "\n    ".join(failed))
+        kept = "\nserving.json still names what served before; what was measured is kept in " + str(run_dir)
+        raise QualityGateError(count + "\n    ".join(failed) + kept)
     if gates:
         say(f"quality gates: all {len(gates)} met")

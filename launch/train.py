@@ -19,6 +19,8 @@ from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
+from configs.secrets import redacted
+from embeddings.untrusted import damaged, inside, read_json
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
@@ -54,13 +56,18 @@ def train_router(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def write_results(config: Config, run_dir: Path) -> None:
     """metrics.json from what the run folder holds, and the pointer to the index that serves."""
+    from launch.stages import told
     from trainer.ceiling import synthetic_metrics
-    from trainer.results import assemble, write_metrics, write_whole
+    from trainer.results import assemble, unmet, write_metrics, write_whole
 
-    metrics = assemble(run_dir, config) | {"synthetic": synthetic_metrics(run_dir, config)}
+    metrics = told(run_dir / "evaluation", lambda: assemble(run_dir, config) | {
+        "synthetic": synthetic_metrics(run_dir, config)})
     write_metrics(run_dir, metrics)
     serving = _summary(run_dir, config.crm.published, config.seeds[0])
-    if serving is not None:
+    if unmet(metrics, config.gates.at_least):
+        print("indexes/serving.json stays as it is: a quality gate (gates.at_least) fell short", flush=True)
+    elif serving is not None:
+        inside(run_dir, serving["index"]["folder"], "summary.json of the published model")
         write_whole(run_dir / "indexes" / "serving.json", json.dumps(
             {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
 
@@ -101,7 +108,7 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
     found = _told(outcome)
     if found is not None:
         raise found
-    return json.loads(outcome.read_text())["result"]
+    return _read_outcome(outcome)["result"]
 
 
 def _outcome(run_dir: Path, work: str) -> Path:
@@ -127,8 +134,15 @@ def _told(outcome: Path) -> WatchtowerError | None:
     """The error that a worker left for the driver: it arrives whole, whatever Ray wraps around it."""
     if not outcome.exists():
         return None
-    told = json.loads(outcome.read_text())
-    return ERRORS.get(told["error"], WatchtowerError)(told["message"]) if "error" in told else None
+    told = _read_outcome(outcome)
+    return ERRORS.get(str(told["error"]), WatchtowerError)(str(told.get("message"))) if "error" in told else None
+
+
+def _read_outcome(outcome: Path) -> dict[str, Any]:
+    try:
+        return read_json(outcome)
+    except (OSError, ValueError) as error:
+        raise damaged(outcome, error, "run the stage again") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -138,7 +152,7 @@ def _cause(error: BaseException) -> str:
 
 def _summary(run_dir: Path, model: str, seed: int) -> dict[str, Any] | None:
     try:
-        return json.loads((run_dir / "evaluation" / model / f"seed={seed}" / "summary.json").read_text())
+        return read_json(run_dir / "evaluation" / model / f"seed={seed}" / "summary.json")
     except (OSError, ValueError):
         return None
 
@@ -183,7 +197,7 @@ def _worker(settings: dict[str, Any]) -> None:
 def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     outcome.parent.mkdir(parents=True, exist_ok=True)
     beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
-    beside.write_text(json.dumps(told))
+    beside.write_text(json.dumps(redacted(told)))
     beside.replace(outcome)
 
 

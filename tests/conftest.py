@@ -5,9 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow: no test may fail for that.
+settings.register_profile("no_clock", deadline=None)
+settings.load_profile("no_clock")
 
 TESTS = Path(__file__).parent
-LANES = ("unit", "two_process", "end_to_end", "real_logs")
+LANES = ("unit", "fuzz", "two_process", "end_to_end", "real_logs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

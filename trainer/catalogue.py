@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError
 from configs.schema import DataConfig
+from embeddings.untrusted import map_arrow, open_parquet, parquet_rows, whole_column
 from trainer.logs import Wanted, cast_column, check_columns, corrupt, list_files, nearest_name
 from trainer.vocabulary import Vocabulary, rows_of_values
 
@@ -95,7 +96,7 @@ def _read_named(files, named: dict[str, str], optional: set[str], key: str) -> p
     for file in files:
         try:
             with file.open() as handle:
-                parquet = pq.ParquetFile(handle)
+                parquet = open_parquet(handle, file.name)
                 schema = parquet.schema_arrow
                 wanted = [Wanted(name, column, "any", None if name.endswith("_id") else key, name not in optional)
                           for name, column in named.items()]
@@ -129,7 +130,7 @@ def _as_ours(column: pa.ChunkedArray, wanted: Wanted, source: str) -> pa.Array |
         if not fits:
             raise InputError(f"{source}: column {wanted.column} is {found}, but {name} needs list<{inner}>.")
         return pc.cast(column, pa.large_list(inner), safe=name == "tags")
-    if pa.types.is_nested(found):
+    if pa.types.is_nested(found) or isinstance(found, pa.BaseExtensionType):
         raise InputError(f"{source}: column {wanted.column} is {found}, but a categorical column holds one value a row "
                          "(string, integer or bool).")
     if pa.types.is_dictionary(found):
@@ -285,9 +286,8 @@ def map_batch(path: Path) -> pa.RecordBatch:
         InputError: if the file is missing or not whole.
     """
     try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).get_batch(0)
-    except (pa.ArrowException, OSError) as error:
+        return map_arrow(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Remove the sequences folder and run ingest again."
                          ) from error
 
@@ -318,35 +318,89 @@ class Catalogue:
     duration_buckets: int = DURATION_BUCKETS
 
     @classmethod
-    def open(cls, folder: Path) -> Catalogue:
+    def open(cls, folder: Path, rows: int | None = None) -> Catalogue:
         """Map the catalogue of a sequences folder.
 
+        Args:
+            rows: N that the vocabulary has; None takes the file's word.
+
         Raises:
-            InputError: if it is missing or damaged.
+            InputError: if it is missing or damaged, or has other rows than the vocabularies.
         """
         folder = Path(folder)
-        batch = map_batch(folder / "catalogue.arrow")
-        tags = batch["tag_rows"]
+        path = folder / "catalogue.arrow"
+        batch = map_batch(path)
+        tags = _tag_lists(batch, path)
         content = batch["content_vector"] if "content_vector" in batch.schema.names else None
         names = [n.removeprefix("category_") for n in batch.schema.names if n.startswith("category_")]
 
-        def size(name: str) -> int:
-            path = folder / "vocabulary" / f"{name}.parquet"
-            return 1 + (pq.read_metadata(path).num_rows if path.exists() else 0)
+        def column(name: str, kind: pa.DataType) -> np.ndarray:
+            return whole_column(batch, name, kind, str(path)).to_numpy()
 
-        def flag(name: str) -> np.ndarray:
-            return batch[name].to_numpy().view(np.bool_)
-
-        return cls(
-            item_id_N=batch["item_id"].to_numpy(), in_catalogue_N=flag("in_catalogue"),
-            author_row_N=batch["author_row"].to_numpy(),
+        found = cls(
+            item_id_N=column("item_id", pa.int64()), in_catalogue_N=_flag(column("in_catalogue", pa.uint8()), path),
+            author_row_N=column("author_row", pa.int32()),
             tag_offsets_N1=tags.offsets.to_numpy(), tag_rows=tags.values.to_numpy(),
-            duration_s_N=batch["duration_s"].to_numpy(), duration_bucket_N=batch["duration_bucket"].to_numpy(),
-            content_NC=None if content is None else content.values.to_numpy().reshape(len(batch), -1),
-            has_content_N=flag("has_content"),
-            categories={name: batch[f"category_{name}"].to_numpy() for name in names},
-            first_seen_ms_N=batch["first_seen_ms"].to_numpy(), author_rows=size("authors"), tag_rows_count=size("tags"),
-            category_rows={name: size(f"category_{name}") for name in names})
+            duration_s_N=column("duration_s", pa.float32()), duration_bucket_N=column("duration_bucket", pa.int32()),
+            content_NC=None if content is None else _content_vectors(content, path),
+            has_content_N=_flag(column("has_content", pa.uint8()), path),
+            categories={name: column(f"category_{name}", pa.int32()) for name in names},
+            first_seen_ms_N=column("first_seen_ms", pa.int64()), author_rows=_values_saved(folder, "authors"),
+            tag_rows_count=_values_saved(folder, "tags"),
+            category_rows={name: _values_saved(folder, f"category_{name}") for name in names})
+        _check_rows(found, len(batch) if rows is None else rows, path)
+        return found
+
+
+def _values_saved(folder: Path, name: str) -> int:
+    """Rows of a vocabulary, the unknown one with them."""
+    if "/" in name or "\0" in name:
+        raise InputError(f"{folder}: a category named {name!r} leads out of the folder. Run ingest again.")
+    path = folder / "vocabulary" / f"{name}.parquet"
+    try:
+        return 1 + (parquet_rows(path) if path.exists() else 0)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Remove the sequences folder and run ingest again."
+                         ) from error
+
+
+def _flag(values_N: np.ndarray, path: Path) -> np.ndarray:
+    if values_N.max(initial=0) > 1:
+        raise InputError(f"{path}: a flag is neither 0 nor 1. Remove the sequences folder and run ingest again.")
+    return values_N.view(np.bool_)
+
+
+def _tag_lists(batch: pa.RecordBatch, path: Path) -> pa.Array:
+    kind = batch.schema.field("tag_rows").type if "tag_rows" in batch.schema.names else pa.null()
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or kind.value_type != pa.int32():
+        raise InputError(f"{path}: column tag_rows is {kind}. Remove the sequences folder and run ingest again.")
+    tags = whole_column(batch, "tag_rows", kind, str(path))
+    try:
+        tags.validate(full=True)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: damaged lists of tags ({error}). Remove the sequences folder and run ingest again."
+                         ) from error
+    return tags
+
+
+def _content_vectors(content: pa.Array, path: Path) -> np.ndarray:
+    kind = content.type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or kind.list_size < 1 or (
+            content.null_count or content.values.null_count):
+        raise InputError(f"{path}: column content_vector is {kind}, or has nulls. Remove the sequences folder and run "
+                         "ingest again.")
+    return content.values.to_numpy().reshape(len(content), -1)
+
+
+def _check_rows(found: Catalogue, rows: int, path: Path) -> None:
+    """Raises an InputError where a row leads out of its vocabulary: compiled code looks it up without a check."""
+    within = [(found.author_row_N, found.author_rows), (found.duration_bucket_N, DURATION_BUCKETS),
+              (found.tag_rows, found.tag_rows_count),
+              *((found.categories[name], size) for name, size in found.category_rows.items())]
+    if len(found.item_id_N) != rows or any(
+            values.size and not (0 <= values.min() and values.max() < size) for values, size in within):
+        raise InputError(f"{path}: its rows do not fit the vocabularies beside it. Remove the sequences folder and run "
+                         "ingest again.")
 
 
 @dataclass(frozen=True)
@@ -359,11 +413,24 @@ class UserFeatures:
 
     @classmethod
     def open(cls, folder: Path) -> UserFeatures:
+        """Map the users of a sequences folder.
+
+        Raises:
+            InputError: if they are missing or damaged.
+        """
         folder = Path(folder)
-        batch = map_batch(folder / "users.arrow")
+        path = folder / "users.arrow"
+        batch = map_batch(path)
         names = [n.removeprefix("category_") for n in batch.schema.names if n.startswith("category_")]
-        sizes = {n: 1 + pq.read_metadata(folder / "vocabulary" / f"user_category_{n}.parquet").num_rows for n in names}
-        return cls(batch["user_id"].to_numpy(), {n: batch[f"category_{n}"].to_numpy() for n in names}, sizes)
+        sizes = {n: _values_saved(folder, f"user_category_{n}") for n in names}
+        found = cls(whole_column(batch, "user_id", pa.int64(), str(path)).to_numpy(),
+                    {n: whole_column(batch, f"category_{n}", pa.int32(), str(path)).to_numpy() for n in names}, sizes)
+        if (np.diff(found.user_id_U) <= 0).any() or any(
+                values.size and not (0 <= values.min() and values.max() < sizes[n])
+                for n, values in found.categories.items()):
+            raise InputError(f"{path}: its rows do not fit the vocabularies beside it. Remove the sequences folder and "
+                             "run ingest again.")
+        return found
 
     def rows_of(self, user_id_B: np.ndarray) -> dict[str, np.ndarray]:
         """int32 rows of each feature for int64 user ids."""

@@ -47,6 +47,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError
 from configs.schema import Config, ModelConfig, ViewRule
+from embeddings.untrusted import damaged, read_json, read_parquet
 from trainer.metrics import bootstrap_cis, paired_ci, retrieval_metrics
 from trainer.results import (
     Evaluation,
@@ -306,7 +307,10 @@ def synthetic_metrics(run_dir: str | Path, config: Config) -> dict[str, Any]:
         return {}
     if "absent" in summary:
         return {"absent": summary["absent"]}
-    table = pq.read_table(folder / "queries.parquet", partitioning=None)
+    try:
+        table = read_parquet(folder / "queries.parquet")
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(folder / "queries.parquet", error, "run `watchtower evaluate` again") from error
     query_J, user_J = table["query_id"].to_numpy(), table["user_id"].to_numpy()
     values = {name: table[name].to_numpy() for name in table.column_names if "." in name}
     measured = _measured_ceilings(values, user_J if config.evaluate.split_users else query_J, config)
@@ -388,7 +392,6 @@ def _share(closed_SJ: np.ndarray, whole_SJ: np.ndarray, seeds: list[int], evalua
 
 def _read_summary(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return read_json(folder / "summary.json")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

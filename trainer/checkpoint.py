@@ -36,6 +36,7 @@ from configs.errors import InputError, WatchtowerError
 from embeddings.snapshots import publish, says_disk_full, verify
 from embeddings.table_state import TableState, capture_state, load_tables, write_state
 from embeddings.tables import ShardedTables
+from embeddings.untrusted import read_json
 from trainer.engine import (
     DenseEngine,
     EngineSpec,
@@ -53,7 +54,7 @@ CLOSING_S = 60.0
 TURN_S = 5.0
 """Seconds after which workers that wait for a save tell each other that it goes on."""
 
-_NAME = re.compile(r"step-(\d+)", re.ASCII)
+_NAME = re.compile(r"step-(\d{1,18})", re.ASCII)
 _POLL_S = 0.05
 
 
@@ -263,7 +264,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         if name not in manifest["files"]:
             raise WatchtowerError(f"{folder / 'manifest.json'}: damaged, it does not name {name}")
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
         if not all(isinstance(state[name], int) for name in ("epoch", "step", "global_step")):
             raise ValueError("the position is not of whole numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -281,7 +282,8 @@ def checkpoints(parent: Path) -> list[Path]:
     """Checkpoints, oldest first. They came whole; whether they still are, `read_state` tells."""
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
+             and not path.is_symlink()]
     return sorted(found, key=_step_of)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, ModelConfig
+from configs.schema import HOW_INDEXED, HOW_TRAINED, INDEX_GATES, SEEN_IN_TRAINING, ModelConfig
 from embeddings.tables import ShardedTables
 from trainer.batches import WindowBatch
 from trainer.crm import CrmModel, FeatureSizes, table_specs
@@ -130,14 +130,14 @@ class CrmTask:
 
 def fingerprint(data: CrmData, model: ModelConfig) -> str:
     """What decides a model's numbers: its config, the towers', the training's and the sequences. The number of
-    workers, the places where things run and the gate of the index are left out: a run may continue on another cluster,
+    workers, the places where things run and the gates of the index are left out: a run may continue on another cluster,
     or under the lower gate that it asked for."""
     config = data.config
     crm = config.crm.model_dump(mode="json", exclude={"models", "publish"})
     train = config.train.model_dump(mode="json", exclude=set(HOW_TRAINED))
     judged = config.evaluate.model_dump(mode="json", include=set(SEEN_IN_TRAINING))
     parts = [model.model_dump(mode="json"), crm, train, judged, data.requests_fingerprint,
-             config.index.model_dump(mode="json", exclude={*HOW_INDEXED, "min_recall"})]
+             config.index.model_dump(mode="json", exclude={*HOW_INDEXED, *INDEX_GATES})]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.errors import InputError
+from embeddings.untrusted import read_json
 
 _FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -541,7 +542,7 @@ def _set_share(engine: DenseEngine, parameter: nn.Parameter, moment: str | None,
 def _read_description(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "dense.json"
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
         known = {"optimizer": str, "optimizer_step": int, "counters": dict}
         if not all(isinstance(description[key], kind) for key, kind in known.items()):
             raise ValueError("a field has the wrong type")

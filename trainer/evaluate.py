@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import ModelConfig, bayes_name
-from embeddings.index import ItemIndex
+from embeddings.index import INDEX_FILES, ItemIndex
 from embeddings.snapshots import verify
 from trainer.ceiling import expected_watch
 from trainer.conditions import PastWatch, choose, past_watch
@@ -139,7 +139,7 @@ def _with_bayes(data: CrmData, query_QD: np.ndarray, condition_Q: np.ndarray) ->
 
 
 def _open(folder: Path) -> ItemIndex:
-    verify(folder)
+    verify(folder, *INDEX_FILES)
     return ItemIndex.load(folder, mmap=False)
 
 

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, WatchtowerError
+from configs.secrets import redact
+from embeddings.untrusted import parse_json
 
 POLL_S = 0.2
 _NOT_CURVES = {"time", "epoch", "epochs", "step", "steps", "seed", "rank", "worker"}
@@ -38,7 +40,9 @@ _NOT_CURVES = {"time", "epoch", "epochs", "step", "steps", "seed", "rank", "work
 
 def _jsonable(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     """`value` as JSON can hold it; what is not finite becomes None and is noted under its dotted name."""
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):
+        return redact(value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         if math.isfinite(value):
@@ -51,7 +55,7 @@ def _jsonable(value: Any, name: str, not_finite: dict[str, str]) -> Any:
         return [_jsonable(v, f"{name}.{i}", not_finite) for i, v in enumerate(value)]
     if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
         return _jsonable(value.tolist(), name, not_finite)
-    return str(value)
+    return redact(str(value))
 
 
 def event_line(event: str, fields: Mapping[str, Any]) -> str:
@@ -154,10 +158,10 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "event" in record else None
+    return record if isinstance(record.get("event"), str) else None
 
 
 def read_events(path: str | os.PathLike, event: str | None = None) -> Iterator[dict[str, Any]]:

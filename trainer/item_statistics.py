@@ -27,6 +27,7 @@ from configs.errors import InputError
 from configs.schema import ChannelsConfig
 from embeddings import snapshots
 from embeddings.snapshots import list_snapshots, verify
+from embeddings.untrusted import damaged, read_parquet, whole_column
 from trainer.catalogue import NEVER_SEEN_MS
 from trainer.neighbors import MINUTE_MS, NONE, ChannelSnapshots
 from trainer.sequences import HOUR_MS, SequenceStore
@@ -94,19 +95,24 @@ class ItemStatistics:
             WatchtowerError: if the snapshot is damaged.
             InputError: if the file has other columns.
         """
-        verify(folder)
-        table = pq.read_table(Path(folder) / STATISTICS)
+        verify(folder, STATISTICS)
+        source = str(Path(folder) / STATISTICS)
+        try:
+            table = read_parquet(source)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(source, error, "remove the snapshot and run watchtower channels again") from error
         if set(table.column_names) != set(_COLUMNS):
             raise InputError(f"{folder}/{STATISTICS}: has columns {', '.join(table.column_names)}; "
                              f"{', '.join(_COLUMNS)} are needed")
-        row = vocabulary.rows_of(table["item_id"].to_numpy())
+        row = vocabulary.rows_of(whole_column(table, "item_id", pa.int64(), source).to_numpy())
         found = cls.empty(vocabulary.rows)
         for name, values_N in (("views", found.views_N), ("effective_views", found.effective_views_N),
                                ("known_views", found.known_views_N), ("watch_s", found.watch_s_N),
                                ("first_seen_ms", found.first_seen_ms_N),
                                *((f"effective_views_{hours}h", recent_N)
                                  for hours, recent_N in zip(RECENT_H, found.recent_views_HN, strict=True))):
-            values_N[row[row > 0]] = table[name].to_numpy()[row > 0]
+            kind = pa.from_numpy_dtype(values_N.dtype)
+            values_N[row[row > 0]] = whole_column(table, name, kind, source).to_numpy()[row > 0]
         return found
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -33,8 +34,10 @@ from torch.nn import functional as F
 from configs.errors import InputError
 from configs.schema import Config
 from embeddings.snapshots import publish, verify
+from embeddings.untrusted import damaged
 from trainer.catalogue import Catalogue
 from trainer.item_statistics import RECENT_H, StatisticsSnapshots
+from trainer.labels import Labels
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import future_items
 from trainer.sequences import SequenceShard, SequenceStore
@@ -48,6 +51,7 @@ from trainer.triggers import (
 )
 
 FOLDER, MODEL = "item_value", "model.safetensors"
+_AGAIN = "remove its folder and run watchtower train router again"
 TOPS = (5, 10, 20, 50)  # prefixes of a list whose expected hits are features
 POSITION_SCALE = 15.0  # positions in which a trigger's vote falls by e
 RANK_SCALE = 10.0  # places of a list in which a vote falls to a half
@@ -228,14 +232,21 @@ def load_item_value(run_dir: Path) -> ItemValue:
         WatchtowerError: if it is missing or damaged.
     """
     folder = Path(run_dir) / FOLDER
-    model = ItemValue(len(verify(folder)["features"]))
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in load_file(folder / MODEL).items()})
+    features = verify(folder, MODEL).get("features")
+    if not isinstance(features, list):
+        raise damaged(folder, ValueError("its manifest names no features"), _AGAIN)
+    try:
+        saved = {name: torch.from_numpy(value) for name, value in load_file(folder / MODEL).items()}
+        model = ItemValue(len(features))
+        model.load_state_dict(saved)
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+        raise damaged(folder / MODEL, error, _AGAIN) from error
     return model.eval()
 
 
 def labelled_channels(run_dir: Path) -> list[str]:
     """The channels that the labels were made of, in their order."""
-    return json.loads((Path(run_dir) / "labels" / "manifest.json").read_bytes())["channels"]
+    return list(Labels.open(Path(run_dir) / "labels").channels)
 
 
 def _fingerprint(config: Config, run_dir: Path, snapshots: ChannelSnapshots) -> str:

@@ -36,12 +36,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, ReplayConfig
-from embeddings.snapshots import read_manifest
+from embeddings.snapshots import read_manifest, verify_file
+from embeddings.untrusted import read_parquet, whole_column
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import rewards_ms, unique_counts, unique_share
-from trainer.sequences import SequenceStore, whole_file
+from trainer.sequences import MOST_SHARDS, SequenceStore, whole_file
 from trainer.triggers import RequestRule, TriggerRequests, is_future_view, is_routing_test_user, trigger_requests
 
 FORMAT = 1  # of the labels folder
@@ -300,6 +301,25 @@ def labels_manifest(config: Config, counts: LabelCounts, scales: Sequence[Scales
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
+def _check_manifest(path: Path, manifest: dict) -> None:
+    """Raises an InputError where a key that readers use is missing or of another type."""
+    def numbers(values: object, count: int) -> bool:
+        return isinstance(values, list) and len(values) == count and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+    channels, windows, by_window = (manifest.get(key) for key in ("channels", "windows", "by_window"))
+    good = (isinstance(channels, list) and channels and all(isinstance(name, str) for name in channels)
+            and isinstance(windows, list) and windows and all(type(w) is int for w in windows)
+            and manifest.get("window") == windows[0] and type(manifest.get("shards")) is int
+            and 0 <= manifest["shards"] <= MOST_SHARDS and isinstance(by_window, dict))
+    for window in windows if good else ():
+        facts = by_window.get(str(window))
+        good = good and isinstance(facts, dict) and numbers([facts.get("eta")], 1) and all(
+            numbers(facts.get(key), len(channels)) for key in ("scale_s", "tau_s", "cap"))
+    if not good:
+        raise InputError(f"{path}: is not what replay writes. Run watchtower replay again.")
+
+
 @dataclass(frozen=True)
 class ShardLabels:
     """The labels of a shard, in the order of its requests' triggers.
@@ -347,6 +367,7 @@ class Labels:
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: no labels there. Run watchtower replay first.")
         manifest = read_manifest(folder)
+        _check_manifest(folder / "manifest.json", manifest)
         window = manifest["window"] if window is None else window
         if window not in manifest["windows"]:
             raise InputError(f"{folder}: has labels of the windows {manifest['windows']}, not of {window}. Run "
@@ -365,14 +386,22 @@ class Labels:
         Raises:
             InputError: naming the file, if it cannot be read or is not of these requests and this order.
         """
-        path = self.folder / f"part-{number:05d}.parquet"
+        top = self.folder.parent if self.folder.name.startswith("window=") else self.folder
         try:
-            table = pq.read_table(path, columns=["request_id", "position", *LISTS])
-        except (pa.ArrowException, OSError, KeyError) as error:
+            path = verify_file(top, self.manifest, (self.folder / f"part-{number:05d}.parquet").relative_to(
+                top).as_posix())
+        except WatchtowerError as error:
+            raise InputError(f"{error}. Remove the labels folder and run watchtower replay again.") from error
+        try:
+            table = read_parquet(path, ["request_id", "position", *LISTS])
+        except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: cannot be read ({error}). Remove the labels folder and run watchtower replay "
                              "again.") from error
-        reward_TC, intensity_TC, label_TC, uniqueness_TC = (self._channels(table[name], path) for name in LISTS)
-        found = ShardLabels(table["request_id"].to_numpy(), table["position"].to_numpy(),
+        reward_TC, intensity_TC, label_TC, uniqueness_TC = (self._channels(table, name, path) for name in LISTS)
+        if not all(np.isfinite(values_TC).all() for values_TC in (reward_TC, intensity_TC, uniqueness_TC)):
+            raise InputError(f"{path}: holds a label that is not finite. Run watchtower replay again.")
+        found = ShardLabels(whole_column(table, "request_id", pa.int64(), str(path)).to_numpy(),
+                            whole_column(table, "position", pa.int32(), str(path)).to_numpy(),
                             np.rint(1000 * reward_TC).astype(np.int64), intensity_TC, label_TC, uniqueness_TC)
         if requests is not None and not (
                 np.array_equal(found.request_id_T, requests.request_id_R[requests.request_T])
@@ -381,12 +410,15 @@ class Labels:
                              "sequences. Run watchtower replay again.")
         return found
 
-    def _channels(self, column: pa.ChunkedArray, path: Path) -> np.ndarray:
-        width = len(self.channels)
-        if not pa.types.is_fixed_size_list(column.type) or column.type.list_size != width:
-            raise InputError(f"{path}: has {column.type} where {width} values a row are needed, one for each channel. "
+    def _channels(self, table: pa.Table, name: str, path: Path) -> np.ndarray:
+        width, found = len(self.channels), table.schema.field(name).type
+        if not pa.types.is_fixed_size_list(found) or found.list_size != width or found.value_type != LISTS[name]:
+            raise InputError(f"{path}: has {found} where {width} values a row are needed, one for each channel. "
                              "Run watchtower replay again.")
-        return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        values = whole_column(table, name, found, str(path)).flatten()
+        if values.null_count:
+            raise InputError(f"{path}: a list of {name} holds a null. Run watchtower replay again.")
+        return values.to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
 # ------------------------------------------------------------------------------------------- where requests are lost

@@ -35,10 +35,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from configs.errors import InputError
 from configs.schema import DataConfig, ViewRule
+from embeddings.untrusted import open_parquet
 from trainer.vocabulary import Vocabulary
 
 REASONS = ("null_user_id", "null_item_id", "null_timestamp", "negative_timestamp", "timestamp_not_ms",
@@ -180,7 +180,7 @@ def parquet_pieces(files: list[InputFile], data: DataConfig) -> list[Piece]:
 def _footer(file: InputFile) -> tuple[pa.Schema, list[int]]:
     try:
         with file.open() as handle:
-            parquet = pq.ParquetFile(handle)
+            parquet = open_parquet(handle, file.name)
             meta = parquet.metadata
             return parquet.schema_arrow, [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
@@ -249,6 +249,9 @@ def check_columns(schema: pa.Schema, wanted: list[Wanted], source: str, mapping:
     Raises:
         InputError: naming the file, the column, what was found and what is needed.
     """
+    for w in wanted:
+        if schema.names.count(w.column) > 1:
+            raise InputError(f"{source}: has two columns called {w.column}. Take one out, or give it another name.")
     missing = [w for w in wanted if w.required and w.column not in schema.names]
     if missing:
         lines = []
@@ -349,7 +352,7 @@ def read_parquet_piece(piece: Piece, wanted: list[Wanted]) -> Iterator[tuple[int
     """
     try:
         with piece.file.open() as handle:
-            parquet = pq.ParquetFile(handle)
+            parquet = open_parquet(handle, piece.source)
             present = [w for w in wanted if w.column in parquet.schema_arrow.names]
             batches = parquet.iter_batches(BATCH_ROWS, row_groups=list(range(piece.start, piece.stop)),
                                            columns=list(dict.fromkeys(w.column for w in present)))

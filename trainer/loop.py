@@ -30,6 +30,7 @@ from configs.errors import WatchtowerError
 from configs.schema import Config
 from embeddings.snapshots import verify
 from embeddings.tables import Lookup, ShardedTables
+from embeddings.untrusted import read_json
 from trainer import checkpoint
 from trainer.batches import ItemBatch, Prefetched
 from trainer.checkpoint import CheckpointSaver
@@ -325,10 +326,10 @@ def _with_results(task: Task, state: dict) -> dict:
     """The state with the results of all its epochs, where they were noted."""
     key = task.results_key
     try:
-        noted = json.loads((task.folder / RESULTS).read_text())
-    except (OSError, ValueError):
+        noted = read_json(task.folder / RESULTS)
+        whole = noted["fingerprint"] == state["fingerprint"] and len(noted[key]) == state["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
         return state
-    whole = noted["fingerprint"] == state["fingerprint"] and len(noted[key]) == state["epoch"]
     return state | {key: noted[key]} if whole and state["step"] == 0 else state
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from configs.errors import InputError
 from configs.schema import ChannelsConfig
 from embeddings.snapshots import Snapshot, list_snapshots, publish, verify
+from embeddings.untrusted import damaged, read_parquet, whole_column
 from trainer.vocabulary import Vocabulary
 
 NEIGHBORS = "neighbors.parquet"
@@ -116,16 +117,28 @@ def read_neighbors(folder: Path, vocabulary: Vocabulary) -> NeighborLists:
 
     Raises:
         WatchtowerError: if the snapshot is damaged.
-        InputError: if the file has other columns.
+        InputError: if the file has other columns or types, or lists that are none: nulls, scores that are not finite or
+            of another number, an item twice.
     """
-    verify(folder)
-    table = pq.read_table(Path(folder) / NEIGHBORS)
+    verify(folder, NEIGHBORS)
+    table = _read_lists(Path(folder) / NEIGHBORS)
+    source = f"{folder}/{NEIGHBORS}"
     if set(table.column_names) != {"item_id", "neighbors", "scores"}:
-        raise InputError(f"{folder}/{NEIGHBORS}: has columns {', '.join(table.column_names)}; item_id, neighbors and "
-                         "scores are needed")
-    neighbors, scores = (table[name].combine_chunks() for name in ("neighbors", "scores"))
+        raise InputError(f"{source}: has columns {', '.join(table.column_names)}; item_id, neighbors and scores are "
+                         "needed")
+    id_I = whole_column(table, "item_id", pa.int64(), source).to_numpy()
+    neighbors, scores = (whole_column(table, name, pa.list_(pa.field("element", kind)), source)
+                         for name, kind in (("neighbors", pa.int64()), ("scores", pa.float32())))
     length_I = neighbors.value_lengths().to_numpy(zero_copy_only=False)
-    row_I = vocabulary.rows_of(table["item_id"].to_numpy())
+    if not np.array_equal(length_I, scores.value_lengths().to_numpy(zero_copy_only=False)):
+        raise InputError(f"{source}: an item has another number of scores than of neighbors")
+    if neighbors.flatten().null_count or scores.flatten().null_count:
+        raise InputError(f"{source}: a list holds a null")
+    if len(np.unique(id_I)) < len(id_I):
+        raise InputError(f"{source}: an item stands there twice")
+    if not np.isfinite(scores.flatten().to_numpy()).all():
+        raise InputError(f"{source}: a score is not finite")
+    row_I = vocabulary.rows_of(id_I)
     neighbor_L = vocabulary.rows_of(neighbors.flatten().to_numpy())
     item_L = np.repeat(row_I, length_I)
     keep_L = (item_L > 0) & (neighbor_L > 0)
@@ -134,6 +147,13 @@ def read_neighbors(folder: Path, vocabulary: Vocabulary) -> NeighborLists:
     counts_N = np.bincount(item_L[keep_L], minlength=vocabulary.rows)
     return NeighborLists(np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64),
                          neighbor_L[keep_L][order].astype(np.int32), score_L[keep_L][order])
+
+
+def _read_lists(path: Path) -> pa.Table:
+    try:
+        return read_parquet(path)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error, "remove the snapshot and run watchtower channels again") from error
 
 
 class ChannelSnapshots:

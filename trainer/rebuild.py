@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from configs.errors import QualityGateError
 from configs.schema import IndexConfig
-from embeddings.index import IndexSpec, ItemIndex
+from embeddings.index import INDEX_FILES, IndexSpec, ItemIndex
 from embeddings.snapshots import publish, verify
 from trainer.batches import Collation, ItemFeatures
 from trainer.metrics import retrieval_metrics
@@ -32,6 +34,7 @@ from trainer.workers import Workers
 CHOOSES_AT = 100
 """Places of the recall that picks the best epoch, whatever else is measured."""
 
+NOT_FINITE = "not_finite.parquet"  # item_id of the items whose vector was none, in rejected/
 ITEMS_AT_ONCE = 8192
 REQUESTS_AT_ONCE = 256
 
@@ -104,36 +107,80 @@ class PublishedIndex:
 
 
 def publish_index(parent: Path, vectors_ND: np.ndarray, item_ids_N: np.ndarray, config: IndexConfig, *, epoch: int,
-                  step: int, watermark_ms: int, sample_QD: np.ndarray, provenance: dict) -> tuple[Path, dict]:
+                  step: int, watermark_ms: int, sample_QD: np.ndarray, provenance: dict,
+                  validation_recall: Callable[[ItemIndex], float] | None = None) -> tuple[Path, dict]:
     """Builds an index, measures it, and publishes it as `<parent>/<watermark_ms>-<step>`.
 
     Args:
         vectors_ND, item_ids_N: what goes in. sample_QD: queries that its recall is measured with.
         provenance: JSON that the manifest carries along (config hash, model, seed).
+        validation_recall: recall@100 of the validation requests through an index; asked where
+            `index.min_validation_recall` is set.
 
     Returns:
         The folder and its facts: recall_vs_exact, build_s, bytes.
 
     Raises:
-        QualityGateError: if its recall against exact search is below `index.min_recall`. It is then kept aside, in
-            `<parent>/rejected/`, where no reader looks.
+        QualityGateError: naming the gate, the value and the place: its recall against exact search is below
+            `index.min_recall`, that of the validation requests below `index.min_validation_recall`, or more vectors
+            than `index.max_nan_share` are not finite. What was built is kept aside, in `<parent>/rejected/`, where no
+            reader looks.
     """
+    item_ids_N, vectors_ND, not_finite = _finite(item_ids_N, vectors_ND)
+    nan_share = len(not_finite) / max(len(item_ids_N) + len(not_finite), 1)
+    rejected = parent / "rejected" / f"{watermark_ms}-{step}"
+    if nan_share > config.max_nan_share or not len(item_ids_N):
+        publish(rejected, lambda folder: _write_ids(folder / NOT_FINITE, not_finite),
+                {"kind": "rejected", "watermark_ms": int(watermark_ms), "step": int(step), "epoch": int(epoch),
+                 "nan_share": nan_share, **provenance}, replace=True)
+        raise QualityGateError(
+            f"the vectors of {len(not_finite)} of {len(not_finite) + len(item_ids_N)} items are not finite, a share of "
+            f"{nan_share:.3g} over index.max_nan_share {config.max_nan_share:g}: no index was published, their ids are "
+            f"in {rejected / NOT_FINITE}. The model has diverged; lower train.learning_rate")
     index = ItemIndex.build(vectors_ND, item_ids_N, index_spec(config))
+    if not np.isfinite(sample_QD).all():
+        sample_QD = sample_QD[np.isfinite(sample_QD).all(axis=1)]
+        sample_QD = sample_QD if len(sample_QD) else vectors_ND[:config.recall_queries]
     facts = {"recall_vs_exact": float(index.recall_against_exact(sample_QD, min(100, len(item_ids_N)))),
              "build_s": float(index.build_seconds), "bytes": int(index.bytes)}
-    good = facts["recall_vs_exact"] >= config.min_recall
-    target = (parent if good else parent / "rejected") / f"{watermark_ms}-{step}"
+    failed = _failed_gate(index, facts["recall_vs_exact"], config, validation_recall)
+    target = parent / f"{watermark_ms}-{step}" if failed is None else rejected
     # Seconds are no part of the manifest: a run that continues publishes the same index again.
     manifest = {"kind": "index", "watermark_ms": int(watermark_ms), "step": int(step), "epoch": int(epoch),
                 "rows": int(len(item_ids_N)), "dim": int(vectors_ND.shape[1]), "factory": config.factory,
                 "search": dict(config.search), "recall_vs_exact": facts["recall_vs_exact"], **provenance}
+    if len(not_finite):
+        manifest["not_finite"] = len(not_finite)
     publish(target, index.save, manifest, replace=True)
-    if not good:
-        raise QualityGateError(
-            f"the index {target} finds {facts['recall_vs_exact']:.3f} of the exact top 100, below index.min_recall "
-            f"{config.min_recall}; it was not published. Raise its search parameters ({config.factory}: index.search) "
-            f"or lower the gate")
+    if failed is not None:
+        raise QualityGateError(f"{failed}; it was not published, and is kept in {target}")
     return target, facts
+
+
+def _failed_gate(index: ItemIndex, recall: float, config: IndexConfig,
+                 validation_recall: Callable[[ItemIndex], float] | None) -> str | None:
+    """Which gate an index falls short of, and what helps; None where it meets both."""
+    if not recall >= config.min_recall:
+        return (f"the index finds {recall:.3f} of the exact top 100, below index.min_recall {config.min_recall} (raise "
+                f"its search parameters, {config.factory}: index.search, or lower the gate)")
+    least = config.min_validation_recall
+    if least is None or validation_recall is None:
+        return None
+    found = validation_recall(index)
+    return None if found >= least else (f"the index answers the validation requests with a recall@{CHOOSES_AT} of "
+                                        f"{found:.4f}, below index.min_validation_recall {least:g}")
+
+
+def _finite(item_ids_N: np.ndarray, vectors_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, vectors of the items whose vector is finite, ids of the others)."""
+    finite_N = np.isfinite(vectors_ND).all(axis=1)
+    if finite_N.all():
+        return item_ids_N, vectors_ND, item_ids_N[:0]
+    return item_ids_N[finite_N], vectors_ND[finite_N], item_ids_N[~finite_N]
+
+
+def _write_ids(path: Path, item_ids: np.ndarray) -> None:
+    pq.write_table(pa.table({"item_id": np.asarray(item_ids, np.int64)}), path)
 
 
 def search_rows(index: ItemIndex, query_QD: np.ndarray, k: int, item_ids_N: np.ndarray) -> np.ndarray:
@@ -224,17 +271,21 @@ class IndexRebuilder:
         sample_QD = query_QD[:: max(1, len(query_QD) // self._config.recall_queries)][:self._config.recall_queries]
         if not len(sample_QD):
             sample_QD = vectors_ND[:self._config.recall_queries]
+        recall = (lambda index: self._validated(index, query_QD)[f"recall@{CHOOSES_AT}"]) if len(query_QD) else None
         folder, facts = publish_index(self._parent, vectors_ND, item_ids_N, self._config, **asdict(version),
-                                      sample_QD=sample_QD, provenance=self._provenance)
+                                      sample_QD=sample_QD, provenance=self._provenance, validation_recall=recall)
         validation: dict[str, float] = {}
         if len(query_QD):
-            verify(folder)
-            index = ItemIndex.load(folder, mmap=False)
-            rows_QK = search_rows(index, query_QD, max(self._at), self._item_ids_N)
-            metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1,
-                                                  self._validation.relevant_rows), self._at)
-            validation = {name: float(np.nanmean(values)) for name, values in metrics.items()}
+            verify(folder, *INDEX_FILES)
+            validation = self._validated(ItemIndex.load(folder, mmap=False), query_QD)
         result = PublishedIndex(folder=str(folder.relative_to(self._run_dir)), **asdict(version),
                                 items=len(item_ids_N), validation=validation, **facts)
         self._on_result(result, time.perf_counter() - began)
         return result
+
+    def _validated(self, index: ItemIndex, query_QD: np.ndarray) -> dict[str, float]:
+        """Mean metrics of the validation requests through an index."""
+        rows_QK = search_rows(index, query_QD, max(self._at), self._item_ids_N)
+        metrics = retrieval_metrics(rows_QK, (self._validation.relevant_offset_Q1, self._validation.relevant_rows),
+                                    self._at)
+        return {name: float(np.nanmean(values)) for name, values in metrics.items()}

@@ -7,7 +7,6 @@ config or a log is escaped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from configs.loader import MOST_BYTES
+from configs.secrets import redact
+from embeddings.untrusted import read_bytes, read_json
 from trainer.charts import COLOURS, Dot, Series, bar_chart, dot_chart, line_chart, missing_figure
 from trainer.events import read_events
 from trainer.page import absent, dot_value, is_number, number, section, table, verdict, with_interval
@@ -384,7 +386,10 @@ def _origin(metrics: Mapping[str, Any], config: Path) -> str:
                     ("Platform", provenance.get("platform")), ("Python", provenance.get("python")),
                     ("Packages", packages),
                     ("Left out", ", ".join(provenance.get("ignored_evaluations") or []) or None)])
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
+    try:
+        text = redact(read_bytes(config, MOST_BYTES).decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        text = None
     return facts + (f"<details><summary>Resolved config</summary><pre>{escape(text)}</pre></details>" if text
                     else absent("there is no config.yaml"))
 
@@ -535,7 +540,6 @@ def _synthetic_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

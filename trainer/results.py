@@ -32,10 +32,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.errors import WatchtowerError
+from configs.errors import InputError, WatchtowerError
 from configs.loader import config_hash
 from configs.schema import Config, ModelConfig, bayes_name
 from embeddings.snapshots import publish
+from embeddings.untrusted import read_json, read_parquet
 from trainer.checks import crm_checks
 from trainer.metrics import bootstrap_cis, paired_ci
 
@@ -208,6 +209,12 @@ def failed_gates(metrics: Mapping[str, Any], at_least: Mapping[str, float]) -> l
     return lines
 
 
+def unmet(metrics: Mapping[str, Any], at_least: Mapping[str, float]) -> list[str]:
+    """The gates that fell short of what is measured so far; those on what is not measured yet wait."""
+    return failed_gates(metrics, {path: least for path, least in at_least.items()
+                                  if value_at(metrics, path) is not None})
+
+
 def headline_length(at: Sequence[int]) -> int:
     """The list length that tables and checks speak of: 100, or the longest where 100 is not measured."""
     return 100 if 100 in at else max(at)
@@ -277,7 +284,7 @@ def _load_model(name: str, folders: Mapping[int, Path]) -> Evaluation:
             values.setdefault(strategy, {})[metric] = np.stack([_floats(table[column]) for table in tables])
     return Evaluation(name, seeds, _requests_of(first), first["query_id"].to_numpy(), first["user_id"].to_numpy(),
                       values,
-                      {seed: _read_json(folders[seed] / "curve.json") for seed in seeds},
+                      {seed: _read_json(folders[seed] / "curve.json", list) for seed in seeds},
                       {seed: _read_json(folders[seed] / "summary.json") for seed in seeds})
 
 
@@ -290,8 +297,8 @@ def _requests_of(table: pa.Table) -> str:
 
 def _read_queries(folder: Path) -> pa.Table:
     try:
-        return pq.read_table(folder / "queries.parquet", partitioning=None).sort_by("query_id").combine_chunks()
-    except (OSError, pa.ArrowException) as error:
+        return read_parquet(folder / "queries.parquet").sort_by("query_id").combine_chunks()
+    except (OSError, pa.ArrowException, InputError) as error:
         raise WatchtowerError(f"{folder / 'queries.parquet'} cannot be read ({error}): "
                               "run `watchtower evaluate` again") from error
 
@@ -300,9 +307,9 @@ def _floats(column: pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.float32()).to_numpy()
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, kind)
     except (OSError, ValueError) as error:
         raise WatchtowerError(f"{path} cannot be read ({error}): run its stage again") from error
 

@@ -39,6 +39,7 @@ from configs.schema import HOW_TRAINED, RouterModelConfig
 from embeddings.snapshots import publish, read_manifest
 from embeddings.table_state import load_tables
 from embeddings.tables import ShardedTables
+from embeddings.untrusted import inside, read_json
 from trainer.catr import CatrModel
 from trainer.crm import FeatureSizes, table_specs
 from trainer.item_value import FOLDER
@@ -181,10 +182,11 @@ def crm_checkpoint(data: RouterData) -> Path:
     name, seed = data.config.crm.published, data.config.seeds[0]
     folder = data.run_dir / "evaluation" / name / f"seed={seed}"
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_json(folder / "summary.json")
         watermark_ms = int(Path(summary["index"]["folder"]).name.split("-")[0])
-        checkpoint = data.run_dir / "checkpoints" / name / f"seed={seed}" / summary["checkpoint"]
-    except (OSError, ValueError, KeyError) as error:
+        checkpoint = inside(data.run_dir / "checkpoints" / name / f"seed={seed}", summary["checkpoint"],
+                            str(folder / "summary.json"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"router.from_crm: {folder} holds no judged CRM model ({error}); run watchtower train crm "
                          "first, or set router.from_crm=false") from error
     first_ms = data.rules["train"].begin_ms - data.snapshots.rollback_ms

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 
 from configs.errors import InputError
 from configs.schema import Config
-from embeddings.snapshots import read_manifest
+from embeddings.snapshots import verify
+from embeddings.untrusted import damaged, open_parquet
 from trainer import routing
 from trainer.channels import absent_channels, present_channels
 from trainer.item_statistics import StatisticsSnapshots
@@ -149,7 +150,7 @@ class RouterScores:
         folder = run.folder / "evaluation" / "routing" / name / f"seed={seed}"
         if not (folder / "scores.parquet").exists():
             raise InputError(f"{folder}: no scores of the router {name} there; run watchtower train router first")
-        channels = read_manifest(folder).get("channels")
+        channels = verify(folder, "scores.parquet").get("channels")
         if channels != run.snapshots.names:
             raise InputError(f"{folder}: scores of channels {channels}, but channels.names is {run.snapshots.names}; "
                              "run watchtower train router again")
@@ -157,9 +158,18 @@ class RouterScores:
 
     def of(self, number: int) -> pa.Table:
         """The rows of a shard, in the order of its triggers."""
-        shard = ds.field("request_id")
-        return ds.dataset(self.folder / "scores.parquet").to_table(
-            filter=(shard >= number << 32) & (shard < (number + 1) << 32)).combine_chunks()
+        path, parts = self.folder / "scores.parquet", []
+        try:
+            with pa.memory_map(str(path)) as source:
+                parquet = open_parquet(source, str(path))
+                for group in range(parquet.num_row_groups):
+                    shard = pc.shift_right(parquet.read_row_group(group, ["request_id"])["request_id"], 32)
+                    inside = pc.equal(shard, number)
+                    if pc.any(inside).as_py():
+                        parts.append(parquet.read_row_group(group).filter(inside))
+                return (pa.concat_tables(parts) if parts else parquet.schema_arrow.empty_table()).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(path, error, "run watchtower train router again") from error
 
     def matrices(self, rows: pa.Table, requests: TriggerRequests) -> tuple[np.ndarray, np.ndarray]:
         """v' and S = v' + beta * u (Eq. 15) of these requests' triggers, float64 (T, C) each.

@@ -23,7 +23,6 @@ Shape suffixes: U = users of a shard, E = its events, B = ids looked up.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -34,17 +33,29 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, SplitConfig
+from embeddings.snapshots import read_manifest, verify_file
+from embeddings.untrusted import open_parquet, whole_column
 from trainer.catalogue import Catalogue, UserFeatures, map_batch, write_batch
-from trainer.logs import QUARANTINE_SCHEMA, Piece, Wanted, cast_column, check_columns, corrupt, list_files
+from trainer.logs import (
+    LAST_UNIX_MS,
+    QUARANTINE_SCHEMA,
+    Piece,
+    Wanted,
+    cast_column,
+    check_columns,
+    corrupt,
+    list_files,
+)
 from trainer.vocabulary import Vocabulary
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 SHARD_SEED = 0x5EED0F5A4D  # not a seed that split.test_users would take: shards and held-out users are independent
+MOST_SHARDS = 1_000_000
 WATCH_BINS = 4096  # of the statistics' histogram over log1p(seconds): 0.3% of a watch time wide
+_sound: set[tuple[str, str, int]] = set()  # shards whose numbers this process has checked: their checksums
 
 
 # ------------------------------------------------------------------------------------------------------ which shard
@@ -304,10 +315,11 @@ class SequenceStore:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         try:
-            self.manifest: dict = json.loads((self.folder / "manifest.json").read_bytes())
-            self.shards: int = self.manifest["shards"]
-        except (OSError, ValueError, KeyError) as error:
+            self.manifest: dict = read_manifest(self.folder)
+        except WatchtowerError as error:
             raise InputError(f"{self.folder}: no sequences there ({error}). Run watchtower ingest first.") from error
+        _check_manifest(self.folder / "manifest.json", self.manifest)
+        self.shards: int = self.manifest["shards"]
 
     def open(self, shard: int) -> SequenceShard:
         """Map one of the shards 0..shards - 1.
@@ -315,32 +327,80 @@ class SequenceStore:
         Raises:
             InputError: if its files are missing or damaged.
         """
-        users = map_batch(self.folder / f"shard-{shard:05d}.users.arrow")
-        events = map_batch(self.folder / f"shard-{shard:05d}.events.arrow")
+        names = [f"shard-{shard:05d}.{part}.arrow" for part in ("users", "events")]
+        users, events = (map_batch(self._file(name)) for name in names)
 
-        def column(name: str) -> np.ndarray:
-            return events[name].to_numpy()
+        def column(name: str, kind: pa.DataType, batch: pa.RecordBatch = events) -> np.ndarray:
+            return whole_column(batch, name, kind, str(self.folder / names[batch is events])).to_numpy()
 
-        return SequenceShard(
-            users["user_id"].to_numpy(), users["offset"].to_numpy(), users["length"].to_numpy(), column("item_row"),
-            column("timestamp_ms"), column("watch_time_s"), column("duration_s"),
-            *(column(name).view(np.bool_) for name in ("is_effective", "is_target", "is_ordinal")),
-            column("session") if "session" in events.schema.names else None,
-            {name.removeprefix("feedback_"): column(name) for name in events.schema.names
+        found = SequenceShard(
+            column("user_id", pa.int64(), users), column("offset", pa.int64(), users),
+            column("length", pa.int32(), users), column("item_row", pa.int32()), column("timestamp_ms", pa.int64()),
+            column("watch_time_s", pa.float32()), column("duration_s", pa.float32()),
+            *(column(name, pa.uint8()).view(np.bool_) for name in ("is_effective", "is_target", "is_ordinal")),
+            column("session", pa.int64()) if "session" in events.schema.names else None,
+            {name.removeprefix("feedback_"): column(name, pa.int8()) for name in events.schema.names
              if name.startswith("feedback_")})
+        files = self.manifest["files"]
+        checked = (*(files[name]["sha256"] for name in names), self.vocabulary.rows)
+        if checked not in _sound:
+            _check_shard(found, self.vocabulary.rows, self.folder / names[1])
+            _sound.add(checked)
+        return found
+
+    def _file(self, name: str) -> Path:
+        try:
+            return verify_file(self.folder, self.manifest, name)
+        except WatchtowerError as error:
+            raise InputError(f"{error}. Remove the sequences folder and run ingest again.") from error
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.load(self.folder / "vocabulary" / "items.parquet")
+        return Vocabulary.load(self._file("vocabulary/items.parquet"))
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        return Catalogue.open(self.folder)
+        for name in self.manifest["files"]:
+            if name == "catalogue.arrow" or name.startswith("vocabulary/"):
+                self._file(name)
+        return Catalogue.open(self.folder, self.vocabulary.rows)
 
     @cached_property
     def users(self) -> UserFeatures | None:
         """The users' features; None where no users table was given."""
-        return UserFeatures.open(self.folder) if (self.folder / "users.arrow").exists() else None
+        if "users.arrow" not in self.manifest["files"]:
+            return None
+        self._file("users.arrow")
+        return UserFeatures.open(self.folder)
+
+
+def _check_manifest(path: Path, manifest: Mapping) -> None:
+    """Raises an InputError where a key that readers use is missing or of another type."""
+    statistics, source = manifest.get("statistics"), manifest.get("input")
+    times = ("first_timestamp_ms", "last_timestamp_ms", "end_99_9_ms")
+    good = (type(manifest.get("shards")) is int and 1 <= manifest["shards"] <= MOST_SHARDS
+            and isinstance(statistics, dict)
+            and all(type(statistics.get(key)) is int and abs(statistics[key]) < LAST_UNIX_MS for key in times)
+            and (source is None or isinstance(source, dict) and isinstance(source.get("fingerprint"), str)))
+    if not good:
+        raise InputError(f"{path}: is not what ingest writes. Remove the sequences folder and run watchtower ingest "
+                         "again.")
+
+
+def _check_shard(shard: SequenceShard, rows: int, path: Path) -> None:
+    """Raises an InputError where a shard's numbers lead out of its own arrays or of the vocabulary: compiled code walks
+    them without a check of its own."""
+    events, begin_U = len(shard.item_row_E), shard.offset_U
+    reached = np.concatenate([np.zeros(1, np.int64), np.cumsum(shard.length_U, dtype=np.int64)])
+    good = (len(begin_U) == len(shard.length_U) == len(shard.user_id_U) and (shard.length_U >= 0).all()
+            and np.array_equal(begin_U, reached[:-1]) and reached[-1] == events
+            and (np.diff(shard.user_id_U) > 0).all()
+            and (not events or 0 <= shard.item_row_E.min() and shard.item_row_E.max() < rows)
+            and all(flag.view(np.uint8).max(initial=0) <= 1
+                    for flag in (shard.is_effective_E, shard.is_target_E, shard.is_ordinal_E)))
+    if not good:
+        raise InputError(f"{path}: its users and events do not fit each other or the vocabulary. Remove the sequences "
+                         "folder and run watchtower ingest again.")
 
 
 # -------------------------------------------------------------------------------------------------------- the split
@@ -438,7 +498,7 @@ def _users_of(files: tuple) -> np.ndarray:
     for file in files:
         try:
             with file.open() as handle:
-                parquet = pq.ParquetFile(handle)
+                parquet = open_parquet(handle, file.name)
                 check_columns(parquet.schema_arrow, [wanted], file.name)
                 column = parquet.read(columns=["user_id"])["user_id"]
         except (pa.ArrowException, OSError) as error:

@@ -15,6 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from configs.errors import InputError
+from embeddings.untrusted import read_parquet, whole_column
+
 DENSE_SPREAD = 4  # a direct table is used where the ids span less than this many times their number
 
 
@@ -73,7 +76,20 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        return cls(pq.read_table(path, columns=["item_id"])["item_id"].to_numpy())
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is missing, damaged or holds something else.
+        """
+        try:
+            table = read_parquet(path, ["item_id"])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error}). Remove the sequences folder and run ingest again."
+                             ) from error
+        ids = whole_column(table, "item_id", pa.int64(), str(path)).to_numpy()
+        if (np.diff(ids) <= 0).any():
+            raise InputError(f"{path}: its ids do not rise. Remove the sequences folder and run ingest again.")
+        return cls(ids)
 
 
 def rows_of_values(values: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:

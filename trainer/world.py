@@ -41,6 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import InputError
+from embeddings.untrusted import read_json
 
 # Part of world.json: a world written by other equations is another world, even where its spec reads the same.
 WORLD_VERSION = 1
@@ -763,7 +764,7 @@ def read_spec(folder: str | Path) -> WorldSpec:
 def _read_description(folder: Path) -> tuple[WorldSpec, dict]:
     path = folder / "world.json"
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         version, spec = described["version"], described["spec"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no synthetic world: {path} cannot be read ({error}).") from error

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from made_shards import MadeStore, random_rows, rows_of, seen
 from made_views import made_catalogue
 
-from configs.errors import InputError, WatchtowerError
+from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import ChannelsConfig, Config
 from embeddings.index import IndexSpec, ItemIndex
-from embeddings.snapshots import publish, read_manifest
+from embeddings.snapshots import list_snapshots, publish, read_manifest
 from launch import channels as stage
 from launch.ingest import SerialExecutor as SerialIngest
 from launch.ingest import ingest
@@ -28,7 +28,7 @@ from trainer.channels.session import sessions
 from trainer.co_views import CoViews
 from trainer.item_statistics import ItemStatistics
 from trainer.logs import NULL_SESSION
-from trainer.neighbors import read_neighbors
+from trainer.neighbors import NeighborLists, read_neighbors
 from trainer.sequences import SequenceStore
 
 HOUR, DAY = 3_600_000, 86_400_000
@@ -384,3 +384,27 @@ def test_watermarks():
     assert at() == [day * DAY + local for day in range(1, 11)]
     with pytest.raises(InputError, match="set channels.snapshots=daily"):
         at({"snapshots": "requests"})
+
+
+def test_a_snapshot_with_too_few_lists_is_kept_where_no_reader_looks(tmp_path):
+    config, run_dir = made_run(tmp_path, "a", hourly_rows())
+    alone = config.channels.swing.model_copy(update={"max_items_per_user": 1})  # no two items of a user: no list at all
+    config = changed(config, names=["swing"], swing=alone)
+    stage.build_channels(config, run_dir, stage.SerialExecutor(), print)
+    assert [read_manifest(s.path)["items"] for s in list_snapshots(run_dir / "channels" / "swing")] == [0, 0]
+    with pytest.raises(QualityGateError, match="a share of 0 below channels.min_items_with_list 0.01") as told:
+        stage.build_channels(changed(config, min_items_with_list=0.01), run_dir, stage.SerialExecutor(), print)
+    (kept,) = (run_dir / "channels" / "swing" / "rejected").iterdir()
+    assert str(kept) in str(told.value) and read_manifest(kept)["items"] == 0
+    assert list_snapshots(run_dir / "channels" / "swing") == []
+    # What was published before meets a gate that it reaches, and stays.
+    wide = changed(config, names=["swing"], swing=ChannelsConfig().swing)
+    stage.build_channels(wide, run_dir, stage.SerialExecutor(), print)
+    again = stage.build_channels(changed(wide, min_items_with_list=0.01), run_dir, stage.SerialExecutor(), print)
+    assert again["channels"]["swing"]["kept"] == 2
+
+
+def test_scores_that_are_not_finite_are_never_published():
+    lists = NeighborLists(np.array([0, 0, 1]), np.array([1], np.int32), np.array([np.nan], np.float32))
+    assert "1 of its 1 scores are not finite" in stage.failed_channel_gate(1, 1, lists, 0.0)
+    assert stage.failed_channel_gate(0, 0, NeighborLists.empty(2), 1.0) is None

@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +45,7 @@ def queries(count=50, seed=1):
 
 
 def published(parent, config, **named):
-    return publish_index(parent, vectors(), IDS_N[1:], config, **{
+    return publish_index(parent, named.pop("vectors_ND", vectors()), IDS_N[1:], config, **{
         "epoch": 1, "step": 7, "watermark_ms": T0, "sample_QD": queries(), "provenance": {"model": "m"}, **named})
 
 
@@ -251,3 +252,43 @@ def test_a_bad_factory_names_itself(tmp_path):
     with pytest.raises(InputError, match="Nonsense"):
         published(tmp_path / "m", IndexConfig(factory="Nonsense"))
     assert list_snapshots(tmp_path / "m") == []
+
+
+def test_vectors_that_are_not_finite_are_kept_aside_or_left_out(tmp_path):
+    broken = vectors()
+    broken[[5, 9], 3] = [np.nan, np.inf]
+    with pytest.raises(QualityGateError, match="index.max_nan_share 0: no index was published") as told:
+        published(tmp_path / "m", IndexConfig(), vectors_ND=broken)
+    kept = tmp_path / "m" / "rejected" / f"{T0}-7"
+    assert "2 of 400" in str(told.value) and str(kept) in str(told.value)
+    assert pq.read_table(kept / "not_finite.parquet")["item_id"].to_pylist() == IDS_N[1:][[5, 9]].tolist()
+    assert list_snapshots(tmp_path / "m") == []
+    folder, facts = published(tmp_path / "m", IndexConfig(max_nan_share=0.01), vectors_ND=broken)
+    index = ItemIndex.load(folder)
+    assert index.size == ITEMS - 2 and verify(folder)["not_finite"] == 2 and facts["recall_vs_exact"] == 1.0
+    assert not set(index.item_ids) & set(IDS_N[1:][[5, 9]])
+    with pytest.raises(QualityGateError, match="400 of 400"):
+        published(tmp_path / "m", IndexConfig(max_nan_share=1.0), vectors_ND=np.full_like(broken, np.nan))
+
+
+def test_an_index_that_answers_the_validation_badly_is_kept_aside(tmp_path):
+    strict = IndexConfig(min_validation_recall=0.5)
+    with pytest.raises(QualityGateError, match="recall@100 of 0.2500, below index.min_validation_recall 0.5") as told:
+        published(tmp_path / "m", strict, validation_recall=lambda index: 0.25)
+    assert str(tmp_path / "m" / "rejected" / f"{T0}-7") in str(told.value)
+    assert list_snapshots(tmp_path / "m") == []
+    with pytest.raises(QualityGateError):
+        published(tmp_path / "m", strict, validation_recall=lambda index: float("nan"))
+    published(tmp_path / "m", strict, validation_recall=lambda index: 0.5)
+    published(tmp_path / "popular", strict)  # what is not validated has no such gate
+    assert len(list_snapshots(tmp_path / "m")) == len(list_snapshots(tmp_path / "popular")) == 1
+
+
+def test_the_validation_gate_is_held_by_the_rebuilder(tmp_path):
+    rebuilder = IndexRebuilder(tmp_path, tmp_path / "m", IndexConfig(threads=1, min_validation_recall=1.0), {},
+                               VALIDATION, IDS_N, [10], lambda *_: None)
+    submit(rebuilder, 2)
+    with pytest.raises(QualityGateError, match="min_validation_recall"):
+        rebuilder.all_results()
+    assert list_snapshots(tmp_path / "m") == []
+    rebuilder.close()

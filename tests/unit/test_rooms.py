@@ -19,6 +19,11 @@ OWNERS = {  # library: the folders and files that may import it
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 PICKLING_CALLS = {"torch.load", "torch.save", "read_pickle", "to_pickle"}
+# What opens a file that somebody else may have written, and who may: embeddings/untrusted.py looks at it first, ingest
+# reads back what its own attempt wrote.
+OPENERS = {"pq.read_table", "pq.ParquetFile", "pq.read_metadata", "pq.read_schema", "pq.ParquetDataset", "ds.dataset",
+           "pa.ipc.open_file", "pd.read_parquet", "ray.data.read_parquet", "torch.jit.load"}
+MAY_OPEN = ("embeddings/untrusted.py", "launch/ingest.py")
 NAMES_THAT_SAY_NOTHING = {"util", "utils", "common", "helper", "helpers", "misc"}
 FOLDERS_WITH_NAMES = (*ROOMS, "tests", "benchmarks", "docs", "docker", "packaging")
 HEAVY = ("torch", "ray", "deepspeed", "faiss", "torchrec")
@@ -72,6 +77,9 @@ def violations(root: Path) -> Iterator[str]:
                         yield f"{where}: {top} belongs to {' and '.join(OWNERS[top])}"
                 if what := pickling(node, names):
                     yield f"{relative}:{node.lineno}: {what} pickles; nothing of ours is read or written as a pickle"
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in OPENERS and str(relative) not in MAY_OPEN:
+                    yield (f"{relative}:{node.lineno}: {ast.unparse(node.func)} trusts the file; "
+                           "embeddings/untrusted.py looks at it first")
     for folder in FOLDERS_WITH_NAMES:
         for path in sorted((root / folder).rglob("*")):
             if path.stem.lower() in NAMES_THAT_SAY_NOTHING:
@@ -100,6 +108,7 @@ def test_rooms_know_only_what_they_may(repository: Path) -> None:
         ("trainer/store.py", "import torch\ntorch.save({}, 'x')", "trainer/store.py:2: torch.save pickles"),
         ("trainer/store.py", "import numpy as np\nnp.load('x', allow_pickle=True)", "allow_pickle=True pickles"),
         ("launch/frames.py", "frame.to_pickle('x')", "frame.to_pickle pickles"),
+        ("trainer/store.py", "import pyarrow.parquet as pq\npq.read_table('x')", "pq.read_table trusts the file"),
         ("trainer/utils.py", "", "trainer/utils.py: the name does not say"),
         ("tests/helpers/worlds.py", "", "tests/helpers: the name does not say"),
     ],

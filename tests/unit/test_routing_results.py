@@ -6,7 +6,8 @@ import pytest
 from made_replay import NAMES
 from made_routing import AT, made_routing_run, routing_config, write_scores
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
+from embeddings.snapshots import publish, read_manifest
 from launch.routing import SerialExecutor, evaluate_routing
 from trainer.metrics import paired_ci, paired_cis
 from trainer.report import results_table, write_report
@@ -134,6 +135,11 @@ def test_scores_that_do_not_fit_are_named(folder, tmp_path):
     table = pq.read_table(folder / "evaluation/routing/capts/seed=0/scores.parquet")
     path = folder / "evaluation/routing/capts/seed=0/scores.parquet"
     pq.write_table(table.slice(3), path)
+    with pytest.raises(WatchtowerError, match="scores.parquet: damaged snapshot"):
+        evaluate_routing(routing_config(folder), folder, SerialExecutor())
+    manifest = read_manifest(path.parent)  # of other requests, but whole
+    manifest.pop("files")
+    publish(path.parent, lambda into: pq.write_table(table.slice(3), into / path.name), manifest, replace=True)
     with pytest.raises(InputError, match="train router again"):
         evaluate_routing(routing_config(folder), folder, SerialExecutor())
     write_scores(run, "capts", 0, 0)

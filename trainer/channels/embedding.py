@@ -114,10 +114,10 @@ def tower_index(indexes: Path | None, seed: int, watermark_ms: int) -> Snapshot:
 
 def tower_vectors(folder: Path, given: Given, watermark_ms: int) -> tuple[np.ndarray, np.ndarray]:
     """(int32 (I,) rows, float32 (I, D) vectors) of the index's items that were first seen before the watermark."""
-    from embeddings.index import ItemIndex
+    from embeddings.index import INDEX_FILES, ItemIndex
     from trainer.vocabulary import Vocabulary
 
-    verify(folder)
+    verify(folder, *INDEX_FILES)
     index = ItemIndex.load(folder, threads=given.threads)
     row_I = Vocabulary(given.catalogue.item_id_N[1:]).rows_of(index.item_ids)
     known_I = (row_I > 0) & (given.catalogue.first_seen_ms_N[row_I] < watermark_ms)
