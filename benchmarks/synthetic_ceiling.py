@@ -9,7 +9,9 @@ yes and no where they must:
     affinity 1.2, 0.6     the tower under the true watch time beats the Bayes term: the interval of the gain is above 0
     affinity 0            users do not differ in what they watch long (persistence 0, too): it cannot beat it
     independent           watch time says nothing of the item: the condition wins nothing over the unconditioned tower
-    the way               at least 80% of the way from unconditioned to the lasting ceiling at affinity 1.2
+    the way               at least 80% of the way from unconditioned to each ceiling at affinity 1.2: `history` and
+                          `log`, which read the user from the log as a tower must, `lasting` and `true`, which know
+                          the hidden user as no learner can (trainer/ceiling.py)
 
 `--write` puts the table into docs/synthetic-world.md. A run that is done is not done again. Exit code 3 where a check
 fails.
@@ -36,6 +38,8 @@ WORLDS = {
 }
 TOWERS = ("dnn", "decision_transformer")
 METRIC = "recall@100"
+CEILINGS = {"history": "from the tower's history", "log": "from all earlier views", "lasting": "lasting state",
+            "true": "true state"}
 WAY = 0.8
 BEGIN, END = "<!-- synthetic_ceiling: begin -->", "<!-- synthetic_ceiling: end -->"
 
@@ -86,13 +90,13 @@ def table(worlds: dict[str, dict[str, Any]]) -> list[str]:
         lines += [row(f"{tower}, unconditioned", recall(f"{tower}_unconditioned", "none")),
                   row(f"{tower} + Bayes term, true watch time", recall(f"{tower}_bayes", "oracle")),
                   row(f"{tower}, true watch time", recall(tower, "oracle"))]
-    for state in ("lasting", "true"):
-        lines += [row(f"ceiling, {state} state", ceiling(state, "none")),
-                  row(f"ceiling, {state} state, true watch time", ceiling(state, "oracle"))]
+    for state, words in CEILINGS.items():
+        lines += [row(f"ceiling, {words}", ceiling(state, "none")),
+                  row(f"ceiling, {words}, true watch time", ceiling(state, "oracle"))]
     for tower in TOWERS:
         lines += [row(f"{tower}: gain over the Bayes term", lambda metrics, tower=tower: measured(
             metrics["crm_gains"].get(tower, {}).get("oracle_over_bayes"), "+.1%"))]
-        for state in ("lasting", "true"):
+        for state in CEILINGS:
             lines += [row(f"{tower}: share of the way, {state}", share(tower, "share_of_way", state)),
                       row(f"{tower}: share of the gain, {state}", share(tower, "share_of_gain", state)),
                       row(f"{tower} + Bayes term: share of the way, {state}",
@@ -127,11 +131,12 @@ def checks(worlds: dict[str, dict[str, Any]]) -> list[tuple[str, bool]]:
                 verdicts.append((f"{name}: {tower} beats the Bayes term, {measured(over_bayes, '+.1%')}",
                                  over_bayes["ci95"][0] > 0))
         if name == "affinity 1.2":
-            shares = {tower: metrics["synthetic"]["models"][tower]["share_of_way"]["lasting"]["mean"]
-                      for tower in TOWERS if tower in metrics["synthetic"]["models"]}
-            best = max(shares, key=shares.get)
-            verdicts.append((f"{name}: {best} closes {shares[best]:.0%} of the way to the lasting ceiling, at least "
-                             f"{WAY:.0%}", shares[best] >= WAY))
+            for state, words in CEILINGS.items():
+                shares = {tower: metrics["synthetic"]["models"][tower]["share_of_way"][state]
+                          for tower in TOWERS if tower in metrics["synthetic"]["models"]}
+                best = max(shares, key=lambda tower, shares=shares: shares[tower]["mean"])
+                verdicts.append((f"{name}: {best} closes {measured(shares[best], '.0%')} of the way to the ceiling "
+                                 f"{words}, at least {WAY:.0%}", shares[best]["mean"] >= WAY))
     return verdicts
 
 

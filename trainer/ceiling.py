@@ -2,11 +2,18 @@
 
 Where the logs are the synthetic world, the evaluation reports two things that logs cannot tell.
 
-**The ceilings.** The test requests, ranked by log p(i | u, target[, w]) of `trainer/world_truth.py` in place of a
-tower, with the condition told in the buckets that towers see. Two states:
+**The ceilings.** The test requests, ranked by log p(i | .., target[, w]) in place of a tower, with the condition told
+in the buckets that towers see. Two read the hidden state (`trainer/world_truth.py`), which no learner can:
 
     lasting   p(item | user, watch time): knows the user, averages over sessions
-    true      knows the session's passing interest and mood, too, which a tower can only guess from the views before
+    true      knows the session's passing interest and mood, too
+
+and two know the world but must read the user from the log (`trainer/world_reader.py`), as a tower must:
+
+    history   from the views that a tower sees, the last `crm.tower.history` target views before the request
+    log       from all views before the request, whatever they reached (the last 512)
+
+What separates a tower from `history` it could have learnt; from `log`, if it were shown more; the rest is hidden.
 
 How much of the way from unconditioned to a ceiling a tower closes, with R = recall@K of the
 same requests and w the true watch time:
@@ -17,14 +24,14 @@ same requests and w the true watch time:
 The first is the measure: it charges the tower with whatever its unconditioned ablation leaves unlearnt of the user.
 The second sets what the condition brings to the tower beside what it brings to the ceiling. It flatters: the lower a
 tower stands without a condition, the more the same condition brings it, so it is no verdict and can well pass 1. The
-first can pass 1 too, where a tower reads the session and so knows more than `lasting` does.
+first can pass 1 too, where a tower reads the session and so knows more than `lasting` does, and by luck alone.
 
 **What would have been watched.** `expected_watch_s@K`: the mean, over the first K retrieved, of what this user would
 have watched of each at this moment, in seconds (the true state; K times it is the list's total). `most_watched` is the
 list that makes it greatest.
 
-The lists that are judged come from towers and indexes; this file alone reads the hidden state, and nothing that is
-trained or published reads this file.
+The lists that are judged come from towers and indexes; of the system this file alone reads the hidden state, and
+nothing that is trained or published reads this file.
 
 Shape suffixes: Q = test requests, J = judged requests (a sample of them), N = items of the world, K = length of a list.
 """
@@ -58,7 +65,8 @@ from trainer.results import (
     unconditioned_model,
 )
 from trainer.world import World, read_spec
-from trainer.world_truth import STATES, WorldTruth, condition_bucket_edges
+from trainer.world_reader import DRIVE_SWEEPS, SWEEPS, HistoryTruth
+from trainer.world_truth import WorldTruth, condition_bucket_edges
 
 if TYPE_CHECKING:
     from trainer.crm_data import CrmData
@@ -70,6 +78,11 @@ CEILING_ELEMENTS = 2_000_000
 WATCH_ELEMENTS = 32_000_000
 """Requests x items whose expected watch time is computed and held: 128 MB, 0.25 microseconds each."""
 LEAST_REQUESTS = 50
+MOST_REQUESTS = 2000
+"""Requests whose histories are read, 10 to 40 ms each; the sample is one for all ceilings."""
+CEILINGS = ("history", "log", "lasting", "true")
+LOG_VIEWS = 512
+"""Views before a request that `log` reads at most."""
 MOST_ITEMS = 1_000_000
 """A world of more items is not ranked: even the least number of requests would keep the workers waiting."""
 _AT_ONCE = 1_000_000  # requests x items of a chunk
@@ -123,7 +136,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
         k = headline_length(data.config.evaluate.at)
         write("ceiling", requests=len(known.judged_J), seconds=summary["seconds"], **{
             f"{state}.{strategy}.recall@{k}": float(np.nanmean(columns[f"{state}.{strategy}.recall@{k}"]))
-            for state in STATES for strategy in ("none", "oracle")})
+            for state in CEILINGS for strategy in ("none", "oracle")})
 
 
 @lru_cache(maxsize=1)
@@ -170,7 +183,7 @@ class _Known:
         self._row_of_item = np.zeros(self.world.spec.items, np.int64)
         rows = np.flatnonzero(self._item_of_row >= 0)
         self._row_of_item[self._item_of_row[rows]] = rows
-        self.judged_J = self._sample(CEILING_ELEMENTS)
+        self.judged_J = self._sample(min(CEILING_ELEMENTS, MOST_REQUESTS * self.world.spec.items))
         self._watched_J = self._sample(WATCH_ELEMENTS)
         self._place_of_request = np.full(len(data.test), -1)
         self._place_of_request[self._watched_J] = np.arange(len(self._watched_J))
@@ -183,13 +196,20 @@ class _Known:
                 "at": list(evaluate.at), "future": evaluate.future, "seed": evaluate.seed,
                 "queries": evaluate.queries, "split": self._data.config.split.model_dump(mode="json"),
                 "buckets": self._data.config.crm.condition.buckets, "elements": CEILING_ELEMENTS,
+                "most_requests": MOST_REQUESTS, "history": self._data.config.crm.tower.history, "log": LOG_VIEWS,
+                "sweeps": [SWEEPS, DRIVE_SWEEPS],
                 "utc_offset_h": data.utc_offset_h}
 
     def ceilings(self) -> dict[str, np.ndarray]:
         """`<state>.<strategy>.<metric>`: float32 (J,). Strategies: none, oracle, and most_watched of the true state."""
-        lists = {f"{state}.{strategy}": [] for state in STATES for strategy in ("none", "oracle")}
+        lists = {f"{state}.{strategy}": [] for state in CEILINGS for strategy in ("none", "oracle")}
         lists["true.most_watched"] = []
-        truths = {state: WorldTruth(self.world, state=state) for state in STATES}
+        truths = {
+            "history": HistoryTruth(self.world, last=self._data.config.crm.tower.history, target=self._target,
+                                    least_s=self._least_s),
+            "log": HistoryTruth(self.world, last=LOG_VIEWS),
+            "lasting": WorldTruth(self.world, state="lasting"),
+            "true": WorldTruth(self.world, state="true")}
         length = max(self._data.config.evaluate.at)
         for rows in self._chunks(self.judged_J):
             for state, truth in truths.items():
@@ -321,7 +341,7 @@ def synthetic_metrics(run_dir: str | Path, config: Config) -> dict[str, Any]:
 
 
 def _measured_ceilings(values: Mapping[str, np.ndarray], cluster_J: np.ndarray, config: Config) -> dict[str, Any]:
-    found: dict[str, Any] = {state: {} for state in reversed(STATES)}  # the lower mark first
+    found: dict[str, Any] = {state: {} for state in _states(values)}
     names = list(values)
     intervals = bootstrap_cis(np.stack([values[name] for name in names])[:, None], cluster_J,
                               config.evaluate.bootstrap, config.evaluate.seed)
@@ -330,6 +350,12 @@ def _measured_ceilings(values: Mapping[str, np.ndarray], cluster_J: np.ndarray, 
         found[state].setdefault(strategy, {})[metric] = {
             "mean": mean, "ci95": [low, high], "n": int(np.isfinite(values[name]).sum())}
     return found
+
+
+def _states(values: Mapping[str, np.ndarray]) -> list[str]:
+    """The ceilings that were measured, the least knowing first; a folder of an earlier version has fewer."""
+    known = {name.split(".", 1)[0] for name in values}
+    return [state for state in CEILINGS if state in known]
 
 
 def _of_queries(evaluation: Evaluation, query_J: np.ndarray, user_J: np.ndarray) -> Evaluation | None:
@@ -365,7 +391,7 @@ def _shares(evaluations: Mapping[str, Evaluation], ceiling: Mapping[str, np.ndar
         asked_SJ = _of_seeds(own, seeds, "oracle", metric)
         bare_SJ = _of_seeds(without, seeds, "none", metric)
         shares[name] = {"unconditioned": bare.name, "share_of_way": {}, "share_of_gain": {}}
-        for state in reversed(STATES):
+        for state in _states(ceiling):
             told_J, untold_J = (ceiling[f"{state}.{strategy}.{metric}"].astype(np.float64)
                                 for strategy in ("oracle", "none"))
             shares[name]["share_of_way"][state] = _share(asked_SJ - bare_SJ, told_J - bare_SJ, seeds, own, config)

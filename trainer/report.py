@@ -278,10 +278,11 @@ def _synthetic(metrics: Mapping[str, Any]) -> str:
         return absent(synthetic["absent"])
     k = _length(metrics)
     words = (f"The world that made these logs ranks {synthetic['requests']:,} of the test requests by what it knows. "
-             "<b>lasting</b> knows the user and averages over sessions, <b>true</b> knows the session's passing "
-             "interest and mood, too. A tower's share is how much of the way it closes from its own recall "
-             "unconditioned to that ceiling under the true watch time; a tower that reads sessions well can pass the "
-             "first.")
+             "<b>history</b> knows the world and must read the user from the views that a tower sees, <b>log</b> from "
+             "all views before the request; <b>lasting</b> knows the hidden user and averages over sessions, "
+             "<b>true</b> knows the session's passing interest and mood, too, and no learner can. A tower's share is "
+             "how much of the way it closes from its own recall unconditioned to that ceiling under the true watch "
+             "time.")
     ceilings = [f'<tr><th scope="row">{escape(state)}</th>' + "".join(
         f'<td class="n">{escape(with_interval(strategies.get(name, {}).get(f"recall@{k}", {})))}</td>'
         for name in ("none", "oracle")) + "</tr>" for state, strategies in synthetic["ceiling"].items()]

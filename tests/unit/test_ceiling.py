@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.schema import Config
-from trainer import ceiling
+from trainer import ceiling, world_reader
 from trainer.ceiling import FOLDER, expected_watch, synthetic_metrics, write_ceiling
 from trainer.metrics import retrieval_metrics
 from trainer.report import results_table, write_report
@@ -72,6 +72,13 @@ def a_config(run_dir: Path, **changes) -> Config:
     return Config.model_validate(values | changes)
 
 
+@pytest.fixture(autouse=True)
+def hasty_reading(monkeypatch):
+    """What the readings are worth is for test_world_reader.py."""
+    for name, value in {"SWEEPS": 4, "SETTLING": 2, "DRIVE_SWEEPS": 3, "DRIVE_SETTLING": 1}.items():
+        monkeypatch.setattr(world_reader, name, value)
+
+
 @pytest.fixture(scope="module")
 def world() -> World:
     return World(SPEC)
@@ -105,6 +112,7 @@ def test_ceilings_are_recalls_of_what_the_world_knows(run_dir, world):
               ("lasting.none", "lasting.oracle", "true.none", "true.oracle")}
     assert recall["lasting.none"] < recall["true.none"] < recall["true.oracle"]
     assert recall["lasting.none"] < recall["lasting.oracle"] < recall["true.oracle"]
+    assert {name.split(".")[0] for name in found if "." in name} == set(ceiling.CEILINGS)
 
 
 def test_expected_watch_is_the_mean_of_what_would_be_watched(run_dir, world):
@@ -195,6 +203,7 @@ def test_share_of_the_way(run_dir, world):
     assert dnn["share_of_way"]["lasting"]["mean"] == pytest.approx(0.8, abs=1e-6)
     assert dnn["share_of_way"]["lasting"]["ci95"] == pytest.approx([0.8, 0.8], abs=1e-6)
     assert dnn["share_of_way"]["true"]["mean"] < 0.8
+    assert list(dnn["share_of_way"]) == list(found["ceiling"]) == ["history", "log", "lasting", "true"]
     assert found["models"]["dnn_bayes"]["share_of_way"]["lasting"]["per_seed"]["1"] == pytest.approx(0.4, abs=1e-6)
     told, untold = (found["ceiling"]["lasting"][name]["recall@50"]["mean"] for name in ("oracle", "none"))
     ceilings = the_ceiling(run_dir)
@@ -224,7 +233,9 @@ def test_report_and_table_show_it(run_dir, world):
 
 
 def test_only_the_ceiling_reads_the_hidden_state(repository: Path):
-    imports = re.compile(r"^\s*(from|import)\b.*\bworld_truth\b", re.MULTILINE)
-    readers = {str(path.relative_to(repository)) for room in ("configs", "embeddings", "trainer", "launch")
-               for path in (repository / room).rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))}
-    assert readers == {"trainer/ceiling.py"}
+    def readers(module: str) -> set[str]:
+        imports = re.compile(rf"^\s*(from|import)\b.*\b{module}\b", re.MULTILINE)
+        return {str(path.relative_to(repository)) for room in ("configs", "embeddings", "trainer", "launch")
+                for path in (repository / room).rglob("*.py") if imports.search(path.read_text(encoding="utf-8"))}
+    assert readers("world_truth") == {"trainer/ceiling.py", "trainer/world_reader.py"}
+    assert readers("world_reader") == {"trainer/ceiling.py"}
