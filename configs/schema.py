@@ -304,6 +304,8 @@ class EvaluateConfig(Section):
     bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
     seed: Seed = Field(0, description="seed of the sampled queries and the bootstrap")
     split_users: bool = Field(True, description="bootstrap over users (true) or over queries")
+    read_histories: bool = Field(False, description="on the synthetic world: also the ceilings of one who must read "
+                                                    "the user from the log, about 50 ms of CPU a query, 2,000 at most")
 
     @field_validator("strategies", mode="before")
     @classmethod

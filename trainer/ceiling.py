@@ -8,7 +8,8 @@ in the buckets that towers see. Two read the hidden state (`trainer/world_truth.
     lasting   p(item | user, watch time): knows the user, averages over sessions
     true      knows the session's passing interest and mood, too
 
-and two know the world but must read the user from the log (`trainer/world_reader.py`), as a tower must:
+and two, with `evaluate.read_histories`, know the world but must read the user from the log, as a tower must
+(`trainer/world_reader.py`):
 
     history   from the views that a tower sees, the last `crm.tower.history` target views before the request
     log       from all views before the request, whatever they reached (the last 512)
@@ -66,7 +67,7 @@ from trainer.results import (
 )
 from trainer.world import World, read_spec
 from trainer.world_reader import DRIVE_SWEEPS, SWEEPS, HistoryTruth
-from trainer.world_truth import WorldTruth, condition_bucket_edges
+from trainer.world_truth import STATES, WorldTruth, condition_bucket_edges
 
 if TYPE_CHECKING:
     from trainer.crm_data import CrmData
@@ -79,7 +80,7 @@ WATCH_ELEMENTS = 32_000_000
 """Requests x items whose expected watch time is computed and held: 128 MB, 0.25 microseconds each."""
 LEAST_REQUESTS = 50
 MOST_REQUESTS = 2000
-"""Requests whose histories are read, 10 to 40 ms each; the sample is one for all ceilings."""
+"""Requests that are judged where histories are read: the sample is one for all ceilings."""
 CEILINGS = ("history", "log", "lasting", "true")
 LOG_VIEWS = 512
 """Views before a request that `log` reads at most."""
@@ -121,6 +122,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     reason = known.absent or known.no_ceiling
     if reason is None:
         columns = {"query_id": known.judged_J, "user_id": data.test.user_id_Q[known.judged_J]} | known.ceilings()
+        states = _states(columns)
         summary |= {"requests": len(known.judged_J), "seconds": time.perf_counter() - began}
     else:
         summary |= {"absent": reason}
@@ -136,7 +138,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
         k = headline_length(data.config.evaluate.at)
         write("ceiling", requests=len(known.judged_J), seconds=summary["seconds"], **{
             f"{state}.{strategy}.recall@{k}": float(np.nanmean(columns[f"{state}.{strategy}.recall@{k}"]))
-            for state in CEILINGS for strategy in ("none", "oracle")})
+            for state in states for strategy in ("none", "oracle")})
 
 
 @lru_cache(maxsize=1)
@@ -183,7 +185,8 @@ class _Known:
         self._row_of_item = np.zeros(self.world.spec.items, np.int64)
         rows = np.flatnonzero(self._item_of_row >= 0)
         self._row_of_item[self._item_of_row[rows]] = rows
-        self.judged_J = self._sample(min(CEILING_ELEMENTS, MOST_REQUESTS * self.world.spec.items))
+        most = MOST_REQUESTS * self.world.spec.items if data.config.evaluate.read_histories else CEILING_ELEMENTS
+        self.judged_J = self._sample(min(CEILING_ELEMENTS, most))
         self._watched_J = self._sample(WATCH_ELEMENTS)
         self._place_of_request = np.full(len(data.test), -1)
         self._place_of_request[self._watched_J] = np.arange(len(self._watched_J))
@@ -196,20 +199,19 @@ class _Known:
                 "at": list(evaluate.at), "future": evaluate.future, "seed": evaluate.seed,
                 "queries": evaluate.queries, "split": self._data.config.split.model_dump(mode="json"),
                 "buckets": self._data.config.crm.condition.buckets, "elements": CEILING_ELEMENTS,
-                "most_requests": MOST_REQUESTS, "history": self._data.config.crm.tower.history, "log": LOG_VIEWS,
-                "sweeps": [SWEEPS, DRIVE_SWEEPS],
+                "read": [MOST_REQUESTS, self._data.config.crm.tower.history, LOG_VIEWS, SWEEPS, DRIVE_SWEEPS]
+                if evaluate.read_histories else None,
                 "utc_offset_h": data.utc_offset_h}
 
     def ceilings(self) -> dict[str, np.ndarray]:
         """`<state>.<strategy>.<metric>`: float32 (J,). Strategies: none, oracle, and most_watched of the true state."""
-        lists = {f"{state}.{strategy}": [] for state in CEILINGS for strategy in ("none", "oracle")}
+        truths = {state: WorldTruth(self.world, state=state) for state in STATES}
+        if self._data.config.evaluate.read_histories:
+            truths["history"] = HistoryTruth(self.world, last=self._data.config.crm.tower.history,
+                                             target=self._target, least_s=self._least_s)
+            truths["log"] = HistoryTruth(self.world, last=LOG_VIEWS)
+        lists = {f"{state}.{strategy}": [] for state in truths for strategy in ("none", "oracle")}
         lists["true.most_watched"] = []
-        truths = {
-            "history": HistoryTruth(self.world, last=self._data.config.crm.tower.history, target=self._target,
-                                    least_s=self._least_s),
-            "log": HistoryTruth(self.world, last=LOG_VIEWS),
-            "lasting": WorldTruth(self.world, state="lasting"),
-            "true": WorldTruth(self.world, state="true")}
         length = max(self._data.config.evaluate.at)
         for rows in self._chunks(self.judged_J):
             for state, truth in truths.items():
@@ -353,7 +355,7 @@ def _measured_ceilings(values: Mapping[str, np.ndarray], cluster_J: np.ndarray, 
 
 
 def _states(values: Mapping[str, np.ndarray]) -> list[str]:
-    """The ceilings that were measured, the least knowing first; a folder of an earlier version has fewer."""
+    """The ceilings that were measured, the least knowing first."""
     known = {name.split(".", 1)[0] for name in values}
     return [state for state in CEILINGS if state in known]
 

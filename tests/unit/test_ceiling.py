@@ -26,6 +26,7 @@ MODELS = [{"name": "dnn", "tower": "dnn", "condition": "next"},
           {"name": "dnn_unconditioned", "tower": "dnn", "condition": "none", "bayes": True},
           {"name": "alone", "tower": "decision_transformer", "condition": "next"}]
 AT = [10, 50]
+READ = {"evaluate": {"at": AT, "bootstrap": 50, "read_histories": True}}
 
 
 class SomeRequests(SimpleNamespace):
@@ -74,7 +75,7 @@ def a_config(run_dir: Path, **changes) -> Config:
 
 @pytest.fixture(autouse=True)
 def hasty_reading(monkeypatch):
-    """What the readings are worth is for test_world_reader.py."""
+    """What a reading is worth is for test_world_reader.py."""
     for name, value in {"SWEEPS": 4, "SETTLING": 2, "DRIVE_SWEEPS": 3, "DRIVE_SETTLING": 1}.items():
         monkeypatch.setattr(world_reader, name, value)
 
@@ -100,7 +101,7 @@ def the_ceiling(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_ceilings_are_recalls_of_what_the_world_knows(run_dir, world):
-    data = SomeData(run_dir, world)
+    data = SomeData(run_dir, world, **READ)
     write_ceiling(data, silent)
     found = the_ceiling(run_dir)
     score = WorldTruth(world, state="lasting").posterior_log_scores(
@@ -113,6 +114,8 @@ def test_ceilings_are_recalls_of_what_the_world_knows(run_dir, world):
     assert recall["lasting.none"] < recall["true.none"] < recall["true.oracle"]
     assert recall["lasting.none"] < recall["lasting.oracle"] < recall["true.oracle"]
     assert {name.split(".")[0] for name in found if "." in name} == set(ceiling.CEILINGS)
+    assert recall["true.none"] > found["history.none.recall@10"].mean()
+    assert recall["true.oracle"] > found["history.oracle.recall@10"].mean() > found["history.none.recall@10"].mean()
 
 
 def test_expected_watch_is_the_mean_of_what_would_be_watched(run_dir, world):
@@ -174,9 +177,9 @@ def test_ceilings_are_made_once(run_dir, world):
     assert (run_dir / FOLDER / "queries.parquet").stat().st_mtime_ns != made
 
 
-def with_models(run_dir: Path, world: World, share: float) -> SomeData:
+def with_models(run_dir: Path, world: World, share: float, **changes) -> SomeData:
     """An evaluated run, whose dnn closes a share of the way to the lasting ceiling at every request."""
-    data = SomeData(run_dir, world)
+    data = SomeData(run_dir, world, **changes)
     write_ceiling(data, silent)
     told = the_ceiling(run_dir)["lasting.oracle.recall@50"]
     rng = np.random.default_rng(0)
@@ -195,7 +198,7 @@ def with_models(run_dir: Path, world: World, share: float) -> SomeData:
 
 
 def test_share_of_the_way(run_dir, world):
-    data = with_models(run_dir, world, 0.8)
+    data = with_models(run_dir, world, 0.8, **READ)
     found = synthetic_metrics(run_dir, data.config)
     assert set(found["models"]) == {"dnn", "dnn_bayes"}  # `alone` has no unconditioned tower of its own kind
     dnn = found["models"]["dnn"]
@@ -220,6 +223,13 @@ def test_an_evaluation_of_other_requests_has_no_share(run_dir, world):
     for seed in (0, 1):
         write_evaluation(run_dir, "dnn", seed, queries, {"oracle": retrieved}, None, {"index": {}})
     assert set(synthetic_metrics(run_dir, data.config)["models"]) == {"dnn_bayes"}
+
+
+def test_histories_are_read_where_asked(run_dir, world):
+    data = SomeData(run_dir, world)
+    write_ceiling(data, silent)
+    assert {name.split(".")[0] for name in the_ceiling(run_dir) if "." in name} == {"lasting", "true"}
+    assert list(synthetic_metrics(run_dir, data.config)["ceiling"]) == ["lasting", "true"]
 
 
 def test_report_and_table_show_it(run_dir, world):
