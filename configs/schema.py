@@ -533,6 +533,9 @@ class RoutingConfig(Section):
                                    "shared quota; both are measured")
     joint_shift: Share = Field(0.2, description="joint: share of a channel's B that may go to other channels")
     beta: Annotated[float, Field(ge=0)] = Field(0.1, description="weight of the uniqueness in the score (Eq. 15)")
+    overlap: Annotated[float, Field(ge=0)] | None = Field(
+        0.0, description="independent: taken off a router's score, times the share of the list that the channel's "
+                         "picks before bring; 0, as in the paper, takes nothing; null: chosen on validation requests")
     budgets: list[Positive] = Field(default_factory=lambda: [5, 10, 20], min_length=1,
                                     description="B: triggers that a channel may take for a request")
     selectors: list[SelectorName] = Field(

@@ -1,6 +1,7 @@
 """The judgement of routing, spread over the shards of the sequences: every selector, router and control at once.
 
     fit      each shard's training requests, seen once by every selector that learns
+    choose   routing.overlap where the config leaves it open, on the routers' validation requests
     judge    each shard's test requests under all selectors, budgets and seeds
     write    routing/<selector>.parquet, evaluation/routing/metrics.json
 
@@ -27,13 +28,16 @@ from configs.schema import Config
 from trainer.results import plain, unmet, write_whole
 from trainer.routing_evaluation import (
     JOINT,
+    VALIDATION,
     Judge,
     RouterScores,
     Run,
     ShardJudgement,
     Subject,
+    chosen_overlap,
     judge_shard,
     training_part,
+    validation_recall,
 )
 from trainer.routing_results import joined, routing_metrics
 from trainer.selectors import POPULAR, SELECTORS, Selector
@@ -98,7 +102,8 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
     run_dir, executor = Path(run_dir), executor or RayExecutor(config.ray.ingest_tasks)
     run = Run(config, run_dir)
     selectors, absent = make_selectors(run)
-    routers, missing = open_routers(run)
+    overlap = choose_overlap(run, executor)
+    routers, missing = open_routers(run, overlap["value"])
     absent |= missing
     _fit(run, selectors, executor)
     subjects = [Subject(s.name, s.seed, selector=s) for s in selectors] + routers + joint_subjects(run, routers)
@@ -115,22 +120,23 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
     judged = joined(names, judged_shards)
     order = [name for name in ("recent", *config.routing.selectors, *(s.name for s in subjects), *absent)]
     metrics = routing_metrics(judged, config, run.snapshots.names, absent, list(dict.fromkeys(order)))
+    metrics["overlap"] = overlap
     metrics["absent_channels"] = {name: {"absent": reason} for name, reason in run.absent_channels.items()}
     write_whole(run_dir / "evaluation" / "routing" / "metrics.json", _text(metrics))
     if unmet({"routing": metrics}, config.gates.at_least):
         print("routing/serving.json stays as it is: a quality gate (gates.at_least) fell short", flush=True)
     else:
-        _say_what_serves(run, routers)
+        _say_what_serves(run, routers, overlap["value"])
     return {"rows": len(judged.user_id_R), "absent": absent}
 
 
-def _say_what_serves(run: Run, routers: Sequence[Subject]) -> None:
-    """routing/serving.json: the selector that serves, of which router and seed."""
+def _say_what_serves(run: Run, routers: Sequence[Subject], overlap: float) -> None:
+    """routing/serving.json: the selector that serves, of which router and seed, with what of an overlap."""
     first = run.config.router.models[0].name
     if any(s.name == first for s in routers):
         write_whole(run.folder / "routing" / "serving.json", _text({
             "selector": first + (JOINT if run.config.routing.assignment == "joint" else ""), "router": first,
-            "seed": run.config.seeds[0], "assignment": run.config.routing.assignment}))
+            "seed": run.config.seeds[0], "assignment": run.config.routing.assignment, "overlap": overlap}))
 
 
 def make_selectors(run: Run) -> tuple[list[Selector], dict[str, str]]:
@@ -149,15 +155,35 @@ def make_selectors(run: Run) -> tuple[list[Selector], dict[str, str]]:
     return made, absent
 
 
-def open_routers(run: Run) -> tuple[list[Subject], dict[str, str]]:
+def choose_overlap(run: Run, executor: Executor) -> dict[str, Any]:
+    """What of an overlap all routers' independent picks have, and where it is from: the config, or the first router's
+    validation requests, all seeds. No test request is looked at.
+
+    Returns:
+        value, from; and what trainer.routing_evaluation.chosen_overlap says, where it was chosen.
+
+    Raises:
+        InputError: there are no scores of the validation requests.
+    """
+    config, folder, first = run.config, run.folder, run.config.router.models[0]
+    if config.routing.overlap is not None:
+        return {"value": config.routing.overlap, "from": "config"}
+    if not (folder / "evaluation" / "routing" / first.name).is_dir():
+        return {"value": 0.0, "from": f"nothing: {first.name} was not trained"}
+    scores = [RouterScores.open(run, first.name, seed, first.diversity, VALIDATION) for seed in config.seeds]
+    parts = executor.each(lambda number: validation_recall(Run(config, folder), number, scores), run.store.shards)
+    return {"from": "validation requests", **chosen_overlap(np.concatenate(list(parts), axis=1))}
+
+
+def open_routers(run: Run, overlap: float = 0.0) -> tuple[list[Subject], dict[str, str]]:
     """The routers' scores by model and seed; models without any scores are absent."""
     found, absent, config = [], {}, run.config
     for model in config.router.models:
         if not (run.folder / "evaluation" / "routing" / model.name).is_dir():
             absent[model.name] = "not trained: there are no scores of it in the run folder"
             continue
-        found += [Subject(model.name, seed, scores=RouterScores.open(run, model.name, seed, model.diversity))
-                  for seed in config.seeds]
+        found += [Subject(model.name, seed, scores=RouterScores.open(run, model.name, seed, model.diversity),
+                          overlap=overlap) for seed in config.seeds]
     return found, absent
 
 

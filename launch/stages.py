@@ -104,6 +104,7 @@ def _reads_replay(config: Config) -> dict[str, Any]:
 def _reads_router(config: Config) -> dict[str, Any]:
     return {"router": plain(config.router), "seeds": list(config.seeds), "train": _without(config.train, HOW_TRAINED),
             "routing": {"beta": config.routing.beta, "seed": config.routing.seed},
+            "scored": ["test", "validation"],
             "crm": {"condition": plain(config.crm.condition),
                     **({"publish": config.crm.published} if config.router.from_crm else {})}}
 

@@ -308,13 +308,15 @@ def _only_indexes(run_dir: Path, folder: Path, indexes: list[Any]) -> None:
 def _train_routers(config: Config, run_dir: Path) -> dict[str, Any]:
     from trainer.item_value import fit_item_value
     from trainer.loop import train
-    from trainer.router_data import RouterData, is_validation_user
-    from trainer.router_task import RouterTask, is_scored, score_test_requests
+    from trainer.router_data import RouterData
+    from trainer.router_task import RouterTask, is_scored, score_requests
+    from trainer.triggers import is_validation_user
 
     workers = _workers()
     # Routers of all features read it, and so do selectors and the joint assignment of the routing stage.
     workers.on_first(lambda: fit_item_value(config, run_dir, lambda user_ids: ~is_validation_user(user_ids, config)))
     data = RouterData(config, run_dir)
+    data.write_features(workers)
     rows = 0
     with _event_log(run_dir, workers.first) as write:
         began = datetime.datetime.now(datetime.UTC)
@@ -326,7 +328,7 @@ def _train_routers(config: Config, run_dir: Path) -> dict[str, Any]:
                 if workers.agree(is_scored(task)):
                     continue
                 trained = train(task, workers, write)
-                score_test_requests(task, trained, workers, write)
+                score_requests(task, trained, workers, write)
                 rows += trained.rows
     return _spent(workers, began, rows)
 

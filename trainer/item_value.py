@@ -209,13 +209,15 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
             keys.append(np.stack([found.row_K.astype(np.int64), request_hash(part).view(np.int64)[found.request_K]]))
         requests_seen += len(requests)
     feature_KF = np.concatenate(features) if features else np.zeros((0, 1), np.float32)
+    features.clear()
     label_K = np.concatenate(labels) if labels else np.zeros(0, bool)
     if not label_K.any():
         raise InputError("item value: no list of any training request holds a later view of its user; look at "
                          "channels.names and replay.requests (times, min_future)")
     # In an order of their own, so that the number of shards changes nothing.
     order_K = np.lexsort(np.concatenate(keys, axis=1))
-    model, loss = _fit(feature_KF[order_K], label_K[order_K], seed=config.routing.seed)
+    feature_KF, label_K = feature_KF[order_K], label_K[order_K]
+    model, loss = _fit(feature_KF, label_K, seed=config.routing.seed)
     fitted = {"requests": requests_seen, "rows": len(label_K), "log_loss": round(loss, 6),
               "positive_share": round(float(label_K.sum() / _weights(label_K).sum()), 6)}
     arrays = {name: value.numpy().copy() for name, value in model.state_dict().items()}

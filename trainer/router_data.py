@@ -2,7 +2,8 @@
 
 A request brings its triggers, and for each trigger what is known of it and of the list that each channel would bring
 back for it (trainer/trigger_features.py), as of the request. Labels (trainer/labels.py) stand beside them for training
-requests alone. Shards are read one group at a time, and the last few are kept.
+requests alone. Features of training requests are computed once, each worker its share of the shards, and read from disk
+by all of them in every epoch (trainer/router_shards.py), one group of shards at a time.
 
 The training users are parted by a seeded hash of the id: requests of a `router.validation_share` of them choose the
 epoch, all others are fitted. The order of an epoch is a function of (seed, epoch): shards are permuted and taken in
@@ -15,6 +16,9 @@ requests (packed), U = distinct items, B = requests of a batch.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,20 +28,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, RouterModelConfig
+from embeddings.snapshots import read_manifest, verify
 from trainer.batches import ItemBatch, ItemFeatures, moved
 from trainer.conditions import WatchBuckets
 from trainer.item_statistics import StatisticsSnapshots
+from trainer.item_value import FOLDER as ITEM_VALUE
 from trainer.item_value import REQUESTS_AT_ONCE, TOPS, ItemValue, candidates, expected_hits, load_item_value
 from trainer.labels import Labels, ShardLabels
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import counted_views, past_range, ranges, replay
-from trainer.sequences import SequenceShard, SequenceStore, user_hash
+from trainer.router_shards import FOLDER, FORMAT, RouterShard, open_shard, shard_folder, write_shard
+from trainer.sequences import SequenceShard, SequenceStore, test_users_identity
 from trainer.trigger_features import TriggerTable, trigger_table
-from trainer.triggers import Side, TriggerRequests, request_rule, trigger_requests
+from trainer.triggers import Side, TriggerRequests, is_validation_user, request_rule, trigger_requests
+from trainer.workers import Workers
 
-VALIDATION_SEED = 0x76616C6964  # the same users for every seed of a router, so that seeds can be compared
 SCALE_TRIGGERS = 200_000  # triggers that the scales of the features are taken from
 LATEST_VIEWS = (20, 5)  # effective views before a request that are looked for in a list by themselves
 COMPLETION_MAX = 3.0  # of a watch time over the duration; loops of short videos are no longer told apart
@@ -150,25 +157,6 @@ def _scales(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.where(std < 1e-4, 1.0, std).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class RouterShard:
-    """A shard's requests of one side, ready for batches.
-
-    trigger_TF, list_TCF: float32. view_begin_R, view_end_R: int64, the latest `router.history` effective views before
-    each request, as a range of the shard's effective views; view_row_V, view_bucket_V: int64, of these.
-    is_validation_R: bool.
-    """
-
-    requests: TriggerRequests
-    trigger_TF: np.ndarray
-    list_TCF: np.ndarray
-    view_begin_R: np.ndarray
-    view_end_R: np.ndarray
-    view_row_V: np.ndarray
-    view_bucket_V: np.ndarray
-    is_validation_R: np.ndarray
-
-
 # ---------------------------------------------------------------------------------------------------------- the order
 
 class RouterPlan:
@@ -214,11 +202,6 @@ class RouterPlan:
 
 # ----------------------------------------------------------------------------------------------------------- the data
 
-def is_validation_user(user_ids: np.ndarray, config: Config) -> np.ndarray:
-    """bool: users whose training requests are not fitted but choose the epoch."""
-    return user_hash(user_ids, VALIDATION_SEED).astype(np.float64) < config.router.validation_share * 2.0**64
-
-
 class RouterData:
     """Requests, features and labels of a run. With router.features=all, trainer.item_value.fit_item_value comes first.
 
@@ -239,9 +222,9 @@ class RouterData:
         self.features = ItemFeatures(self.catalogue, np.zeros(self.vocabulary.rows, np.float32), self.store.users)
         self.buckets = WatchBuckets(config.crm.condition.buckets, config.crm.condition.max_s)
         kept = config.train.shuffle_shards + 1
-        self._shard = lru_cache(maxsize=kept)(lambda number: self.read("train", number))
+        self.shard = lru_cache(maxsize=kept)(self._open_shard)
         self._shard_labels = lru_cache(maxsize=kept)(
-            lambda window, number: self.labels(window).shard(number, self._shard(number).requests))
+            lambda window, number: self.labels(window).shard(number, self.shard(number).requests))
         if not self.fit_counts.sum():
             raise InputError("router: no training request is left to fit; look at replay.requests (times, "
                              "min_triggers, min_future) and router.validation_share")
@@ -286,6 +269,67 @@ class RouterData:
             np.maximum(begin_R, end_R - self.config.router.history), end_R,
             shard.item_row_E[event_V].astype(np.int64), self.buckets.encode(shard.watch_time_s_E[event_V]),
             self.is_validation(requests.user_id_R))
+
+    # ---------------------------------------------------------------------------------------------- features on disk
+
+    def write_features(self, workers: Workers) -> None:
+        """Write the features of the training shards that are not on disk, each worker its share of them. Collective.
+
+        Features of other inputs are deleted; those that are there are read against their checksums.
+        """
+        workers.on_first(self._delete_other_features)
+        error = None
+        try:
+            for number in range(workers.rank, self.store.shards, workers.count):
+                folder = shard_folder(self.run_dir, self.features_fingerprint, number)
+                if not self._is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    write_shard(folder, self.read("train", number))
+        except WatchtowerError as failed:
+            error = failed
+        workers.raise_together(error)
+
+    def _delete_other_features(self) -> None:
+        folder = self.run_dir / FOLDER
+        for other in folder.iterdir() if folder.is_dir() else ():
+            if other.name != self.features_fingerprint:
+                shutil.rmtree(other, ignore_errors=True)
+
+    @staticmethod
+    def _is_whole(folder: Path) -> bool:
+        try:
+            verify(folder)
+            open_shard(folder)
+        except WatchtowerError:
+            return False
+        return True
+
+    def _open_shard(self, number: int) -> RouterShard:
+        """The features of a training shard, from disk; made here where nobody has yet."""
+        folder = shard_folder(self.run_dir, self.features_fingerprint, number)
+        if not (folder / "manifest.json").exists():
+            write_shard(folder, self.read("train", number))
+        return open_shard(folder)
+
+    @cached_property
+    def features_fingerprint(self) -> str:
+        """Of all that decides `read` of the training side: requests, sequences, snapshots, item values.
+
+        Raises:
+            WatchtowerError: the item values, which are features, were not fitted.
+        """
+        config, store = self.config, self.store
+        folders = [*([self.run_dir / ITEM_VALUE] if config.router.features == "all" else []),
+                   *(s.path for found in [*self.snapshots.snapshots, self.statistics.snapshots] for s in found)]
+        parts = [FORMAT, list(self.channels), [read_manifest(folder)["files"] for folder in folders],
+                 store.manifest["input"]["fingerprint"], store.manifest["files"], store.shards,
+                 config.router.model_dump(mode="json", include={"features", "history", "validation_share"}),
+                 config.replay.model_dump(mode="json", include={"requests", "null_watch_s"}),
+                 config.crm.condition.model_dump(mode="json", include={"buckets", "max_s"}),
+                 config.channels.model_dump(mode="json", include={"top", "rollback_min", "before_first"}),
+                 config.split.model_dump(mode="json", exclude={"test_users"}), test_users_identity(config.split),
+                 config.routing.test_users.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _expected_columns(self, shard: SequenceShard, requests: TriggerRequests) -> dict[str, np.ndarray]:
         """How many of the first items of each list will be watched, by trainer/item_value.py: float32 (T, C) each."""
@@ -335,7 +379,7 @@ class RouterData:
         """Of the fitted requests of the first shards, as many as SCALE_TRIGGERS takes."""
         triggers, lists, views, found = [], [], np.zeros(self.buckets.rows, np.int64), 0
         for number in range(self.store.shards):
-            shard = self._shard(number)
+            shard = self.shard(number)
             fit_T = ~shard.is_validation_R[shard.requests.request_T]
             triggers.append(shard.trigger_TF[fit_T])
             lists.append(shard.list_TCF[fit_T])
@@ -362,7 +406,7 @@ class RouterData:
             mine = np.zeros(len(pairs), bool)
             mine[rank::workers] = True
             for number in np.unique(pairs[:, 0]):
-                shard = self._shard(int(number))
+                shard = self.shard(int(number))
                 of_shard = pairs[:, 0] == number
                 kind_R = np.flatnonzero(shard.is_validation_R == validation)
                 triggers += int(np.diff(shard.requests.trigger_offset_R1)[kind_R[pairs[of_shard, 1]]].sum())

@@ -7,11 +7,12 @@ against all other triggers), and the captured value
 
 the mean over requests with a positive value, then over channels. The epoch with the best captured@10 scores the test:
 
-    evaluation/routing/<router>/seed=<s>/{scores.parquet, manifest.json}
+    evaluation/routing/<router>/seed=<s>/{scores.parquet, validation.parquet, manifest.json}
 
 scores.parquet has one row for each request and trigger, in the order of trigger_requests shard by shard: request_id,
 position, trigger_item_id, and fixed-size lists in the order of the channels: value (v', Eq. 7), uniqueness (u, Eq. 12;
-0 for a router without uniqueness heads).
+0 for a router without uniqueness heads). validation.parquet beside it has those of the validation requests; routing
+chooses by them what it may not choose by test requests (routing.overlap).
 
 Shape suffixes: R = requests, T = triggers, C = channels, B = bins, P = places of a request's triggers.
 """
@@ -45,10 +46,12 @@ from trainer.crm import FeatureSizes, table_specs
 from trainer.item_value import FOLDER
 from trainer.loop import Forward, Pending, Position, Settings, Trained, Write, load_towers
 from trainer.router_data import RouterBatch, RouterData, RouterPlan
+from trainer.router_shards import RouterShard
+from trainer.routing_evaluation import SCORES, VALIDATION
 from trainer.sequences import test_users_identity
+from trainer.triggers import TriggerRequests
 from trainer.workers import Workers
 
-SCORES = "scores.parquet"
 CHOOSES_AT = 10
 """Triggers a channel takes in the captured value that picks the best epoch."""
 
@@ -295,38 +298,31 @@ def binned_auc(negative_B: np.ndarray, positive_B: np.ndarray) -> float:
 def is_scored(task: RouterTask) -> bool:
     """Whether the scores of this very training are there."""
     try:
-        return read_manifest(task.scores)["fingerprint"] == task.fingerprint()
+        found = read_manifest(task.scores)
+        return found["fingerprint"] == task.fingerprint() and VALIDATION in found["files"]
     except (WatchtowerError, KeyError):
         return False
 
 
-def score_test_requests(task: RouterTask, trained: Trained, workers: Workers, write: Write) -> None:
-    """Scores the triggers of all test requests with the best epoch's checkpoint and publishes them. Collective."""
+def score_requests(task: RouterTask, trained: Trained, workers: Workers, write: Write) -> None:
+    """Scores the triggers of all test and validation requests with the best epoch's checkpoint and publishes them.
+    Collective."""
     data, began = task.data, time.perf_counter()
     forward = load_towers(task, Path(trained.checkpoint), workers)
     writing = task.scores.with_name(f".{task.scores.name}.writing")
-    writer, rows, requests = None, 0, 0
-    schema = _score_schema(len(data.channels))
     if workers.first:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        writer = pq.ParquetWriter(writing / SCORES, schema)
-    for number in range(data.store.shards):
-        asked = data.requests("test", number)
-        gathered = workers.gather_rows(_score_shard(data, forward, number, len(asked), workers))
-        if writer is not None and len(asked):
-            score_TD = gathered.cpu().numpy()
-            value_TC, uniqueness_TC = np.split(score_TD, 2, axis=1)
-            writer.write_table(pa.table([
-                pa.array(asked.request_id_R[asked.request_T]), pa.array(asked.position_T),
-                pa.array(data.vocabulary.ids_of(asked.trigger_row_T)), _fixed(value_TC), _fixed(uniqueness_TC)],
-                schema=schema))
-        rows, requests = rows + len(asked.trigger_row_T), requests + len(asked)
+    _write_scores(writing / VALIDATION, data, forward, _validation_shares(data, workers), workers)
+    requests, rows = _write_scores(writing / SCORES, data, forward, _test_shares(data, workers), workers)
+
+    def moved(attempt: Path) -> None:
+        for name in (SCORES, VALIDATION):
+            (writing / name).rename(attempt / name)
 
     def published() -> None:
-        writer.close()
         best = trained.best
-        publish(task.scores, lambda attempt: (writing / SCORES).rename(attempt / SCORES), {
+        publish(task.scores, moved, {
             "kind": "router scores", "router": task.model_name, "seed": task.seed, "channels": list(data.channels),
             "fingerprint": task.fingerprint(), "checkpoint": Path(trained.checkpoint).name, "epoch": best.epoch,
             "step": best.step, "train_s": trained.seconds, "requests": requests, "rows": rows,
@@ -337,15 +333,60 @@ def score_test_requests(task: RouterTask, trained: Trained, workers: Workers, wr
     write("scores", model=task.name, requests=requests, rows=rows, seconds=time.perf_counter() - began)
 
 
-def _score_shard(data: RouterData, forward: Forward, number: int, requests: int, workers: Workers) -> torch.Tensor:
-    """v' and u of this worker's share of a shard's test requests, float32 (T, 2C)."""
-    shard = data.read("test", number, (workers.rank, workers.count))
-    mine, each = len(shard.requests), -(-requests // workers.count)
+@dataclass(frozen=True)
+class _Share:
+    """Requests of one shard that are scored, and this worker's share of them: indices at_R of the shard's features."""
+
+    asked: TriggerRequests
+    shard: RouterShard
+    at_R: np.ndarray
+
+
+def _test_shares(data: RouterData, workers: Workers) -> Iterator[_Share]:
+    for number in range(data.store.shards):
+        shard = data.read("test", number, (workers.rank, workers.count))
+        yield _Share(data.requests("test", number), shard, np.arange(len(shard.requests)))
+
+
+def _validation_shares(data: RouterData, workers: Workers) -> Iterator[_Share]:
+    for number in range(data.store.shards):
+        shard = data.shard(number)
+        at_R = np.flatnonzero(shard.is_validation_R)
+        each = -(-len(at_R) // workers.count)
+        yield _Share(shard.requests.take(at_R), shard, at_R[workers.rank * each:(workers.rank + 1) * each])
+
+
+def _write_scores(path: Path, data: RouterData, forward: Forward, shares: Iterator[_Share], workers: Workers
+                  ) -> tuple[int, int]:
+    """Scores the requests of all shards into a file, on the first worker. Collective.
+
+    Returns:
+        requests and rows.
+    """
+    writer = pq.ParquetWriter(path, _score_schema(len(data.channels))) if workers.first else None
+    rows, requests = 0, 0
+    for share in shares:
+        asked = share.asked
+        gathered = workers.gather_rows(_score_share(data, forward, share, workers))
+        if writer is not None and len(asked):
+            value_TC, uniqueness_TC = np.split(gathered.cpu().numpy(), 2, axis=1)
+            writer.write_table(pa.table([
+                pa.array(asked.request_id_R[asked.request_T]), pa.array(asked.position_T),
+                pa.array(data.vocabulary.ids_of(asked.trigger_row_T)), _fixed(value_TC), _fixed(uniqueness_TC)],
+                schema=writer.schema))
+        rows, requests = rows + len(asked.trigger_row_T), requests + len(asked)
+    if writer is not None:
+        writer.close()
+    return requests, rows
+
+
+def _score_share(data: RouterData, forward: Forward, share: _Share, workers: Workers) -> torch.Tensor:
+    """v' and u of this worker's share, float32 (T, 2C)."""
     parts = [torch.zeros(0, 2 * len(data.channels), device=workers.device)]
-    for begin in range(0, each, REQUESTS_AT_ONCE):
-        at_R = np.arange(begin, min(begin + REQUESTS_AT_ONCE, mine))
+    for begin in range(0, -(-len(share.asked) // workers.count), REQUESTS_AT_ONCE):
+        at_R = share.at_R[begin:begin + REQUESTS_AT_ONCE]
         # A worker whose share has run out still takes part in the lookups.
-        batch = data.batch([(shard, at_R, None)] if len(at_R) else [])
+        batch = data.batch([(share.shard, at_R, None)] if len(at_R) else [])
         score_TD = forward("score", batch.to(workers.device)).float()
         parts.append(score_TD if len(at_R) else score_TD[:0])
     return torch.cat(parts)

@@ -1,8 +1,9 @@
 """From the scores of triggers to ranked lists, and what of the future they hold: compiled, exact, one block at a time.
 
-A channel takes the best triggers by its scores (CAPTS Eq. 15), or all channels together take those that cover most
-under one quota (Eq. 1's own objective, `joint_picks`). Their lists are interleaved by neighbour rank, in routing order,
-and de-duplicated; recall@K unites each channel's first K.
+A channel takes the best triggers by its scores (CAPTS Eq. 15), each lowered by what its list repeats of the picks
+before it where that is asked for (`spread_picks`), or all channels together take those that cover most under one quota
+(Eq. 1's own objective, `joint_picks`). Their lists are interleaved by neighbour rank, in routing order, and
+de-duplicated; recall@K unites each channel's first K.
 
 Lists come padded: list_TCL[t, c] holds the neighbours of trigger t in channel c, best first, 0 where the list has
 ended. Picks are triggers of the block in routing order, NONE where there are no more.
@@ -23,6 +24,7 @@ import numpy as np
 from trainer.neighbors import NeighborLists
 
 NONE = -1
+PICKED = -2
 NEVER = np.iinfo(np.int32).max  # rank of an item that a list does not hold
 Cover = Literal["product", "max"]
 
@@ -108,6 +110,89 @@ def _top_picks(score_TC, offset_R1, budget):  # pragma: no cover - compiled
                 for k in range(found - 1, place, -1):
                     best[k], pick_RCB[r, c, k] = best[k - 1], pick_RCB[r, c, k - 1]
                 best[place], pick_RCB[r, c, place] = score, t
+    return pick_RCB
+
+
+def spread_picks(score_TC: np.ndarray, offset_R1: np.ndarray, list_TCL: np.ndarray, weight_TCL: np.ndarray, budget: int,
+                 overlap: float) -> np.ndarray:
+    """Each channel's triggers by score, of which what its list repeats is taken off. EXTENSION: not in the paper, whose
+    Eq. 15 scores triggers by themselves and does not see that triggers of one channel bring the same items.
+
+        pick b of channel c = argmax over x of  S_c(x) - overlap * share_c(x)
+        share_c(x) = sum of the weights of R_c(x)'s items that picks 1 .. b-1 of c bring / sum of all its weights
+
+    A share only grows, so what a trigger was worth once bounds what it is worth later, and only triggers at the head
+    are computed anew (lazy greedy; exact, as the bound also holds in floating point: a sum of more terms >= 0, in the
+    same order, is not smaller). A smaller budget's picks are the first of these, and overlap 0 gives top_picks.
+
+    Args:
+        score_TC: S_c; NaN is the lowest score.
+        weight_TCL: of each place of a list, at least 0. A list without any repeats nothing.
+        overlap: what a list that is brought in whole costs, in units of the score, >= 0.
+
+    Returns:
+        int32 (R, C, budget): the best first; of equal ones the earlier position first; NONE behind the last.
+
+    Raises:
+        ValueError: if overlap is negative.
+    """
+    if not overlap >= 0:
+        raise ValueError(f"overlap must be at least 0, not {overlap}")
+    return _spread_picks(np.ascontiguousarray(score_TC, np.float64), np.asarray(offset_R1, np.int64),
+                         np.ascontiguousarray(list_TCL, np.int32), np.ascontiguousarray(weight_TCL, np.float32), budget,
+                         float(overlap), int(list_TCL.max(initial=0)) + 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _repeated(list_L, weight_L, is_held_N):  # pragma: no cover - compiled
+    """The share of a list's weight that is held already."""
+    held, total = 0.0, 0.0
+    for place in range(len(list_L)):
+        item = list_L[place]
+        if item == 0:
+            break
+        total += np.float64(weight_L[place])
+        if is_held_N[item]:
+            held += np.float64(weight_L[place])
+    return held / total if total > 0 else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _spread_picks(score_TC, offset_R1, list_TCL, weight_TCL, budget, overlap, rows):  # pragma: no cover - compiled
+    requests, channels, places = len(offset_R1) - 1, list_TCL.shape[1], list_TCL.shape[2]
+    pick_RCB = np.full((requests, channels, budget), NONE, np.int32)
+    is_held_N = np.zeros(rows, np.bool_)
+    widest = 0
+    for r in range(requests):
+        widest = max(widest, offset_R1[r + 1] - offset_R1[r])
+    bound = np.empty(widest, np.float64)
+    fresh = np.empty(widest, np.int64)  # the pick that a bound was computed for; PICKED: none any more
+    for r in range(requests):
+        begin, triggers = offset_R1[r], offset_R1[r + 1] - offset_R1[r]
+        for c in range(channels):
+            for k in range(triggers):
+                score = score_TC[begin + k, c]
+                bound[k], fresh[k] = -np.inf if np.isnan(score) else score, 0
+            for b in range(min(budget, triggers)):
+                while True:
+                    best = -1
+                    for k in range(triggers):
+                        if fresh[k] != PICKED and (best < 0 or bound[k] > bound[best]):
+                            best = k
+                    if fresh[best] == b or overlap == 0.0:
+                        break
+                    t = begin + best
+                    score = score_TC[t, c]
+                    if not np.isnan(score):
+                        bound[best] = score - overlap * _repeated(list_TCL[t, c], weight_TCL[t, c], is_held_N)
+                    fresh[best] = b
+                pick_RCB[r, c, b] = begin + best
+                fresh[best] = PICKED
+                for place in range(places):
+                    is_held_N[list_TCL[begin + best, c, place]] = True
+            for b in range(min(budget, triggers)):
+                for place in range(places):
+                    is_held_N[list_TCL[pick_RCB[r, c, b], c, place]] = False
     return pick_RCB
 
 
@@ -282,6 +367,36 @@ def _future_ranks(item_RCX, length_RC, offset_R1, row_F, rows):  # pragma: no co
                 if turn_N[row_F[f]] == turn:
                     rank_FC[f, c] = place_N[row_F[f]]
     return rank_FC
+
+
+def united_ranks(ranked: Ranked, future: Future) -> np.ndarray:
+    """int32 (F,): place of each future item in the union of all channels, dealt out in turn: first all channels' first
+    items, then all second ones, ..; NEVER where it is not there.
+
+    Each channel's first K united are the first of these, as many as they are (`overlaps`), so that unions of different
+    lengths can be cut to the same one.
+    """
+    rows = max(int(ranked.item_RCX.max(initial=0)), int(future.row_F.max(initial=0))) + 1
+    return _united_ranks(ranked.item_RCX, ranked.length_RC, future.offset_R1, future.row_F, rows)
+
+
+@numba.njit(cache=True, nogil=True)
+def _united_ranks(item_RCX, length_RC, offset_R1, row_F, rows):  # pragma: no cover - compiled
+    requests, channels = length_RC.shape
+    rank_F = np.full(len(row_F), NEVER, np.int32)
+    turn_N = np.zeros(rows, np.int64)
+    place_N = np.zeros(rows, np.int32)
+    for r in range(requests):
+        count = 0
+        for x in range(item_RCX.shape[2]):
+            for c in range(channels):
+                if x < length_RC[r, c] and turn_N[item_RCX[r, c, x]] != r + 1:
+                    turn_N[item_RCX[r, c, x]], place_N[item_RCX[r, c, x]] = r + 1, count
+                    count += 1
+        for f in range(offset_R1[r], offset_R1[r + 1]):
+            if turn_N[row_F[f]] == r + 1:
+                rank_F[f] = place_N[row_F[f]]
+    return rank_F
 
 
 def overlaps(ranked: Ranked, at: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

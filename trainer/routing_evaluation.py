@@ -10,6 +10,11 @@ Measures of all selectors:
     overall.trigger_overlap           share of the triggers that `recent` would take
     overall.recall_from.<positions>   recall@all, parted by the position of the trigger that found the item
     overall.window=<W>.recall@K       against F_W, for the windows of the sensitivity table
+    overall.union@K                   how many distinct items each channel's first K are, united
+    overall.recall_equal_length@K     recall of that union, dealt out in turn, cut to the length of `recent`'s union
+                                      where it is longer; .recent_equal_length@K: of `recent`, cut to the length of the
+                                      selector's where that is shorter. Where all items are alike a longer list finds
+                                      more, and these two do not.
     <channel>.recall@K, .uniq@K, .trigger_overlap     the same of one channel; Uniq@K of CAPTS 4.3.1, a reading
 
 Shape suffixes: R = requests, T = triggers, C = channels, B = budget, L = places of a list, F = future items, M =
@@ -22,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,17 +53,23 @@ from trainer.triggers import (
     RequestRule,
     TriggerRequests,
     is_future_view,
+    is_validation_user,
     request_hash,
     request_rule,
     trigger_requests,
 )
 
+SCORES, VALIDATION = "scores.parquet", "validation.parquet"  # of a router: test requests, validation requests
 BLOCK_REQUESTS = 512
 POSITION_BANDS = (1, 6, 11, 21)  # first positions
 JOINT = "-joint"
 # The joint assignment: place l of a list (from 0) counts 1 / (1 + l / depth) of its item's value, so that the first K
 # are covered before the rest. Items count by their greatest chance: what several channels bring counts once.
 JOINT_DEPTH = 10.0
+# What routing.overlap is chosen from, and how many standard errors of the paired difference the best of them must lie
+# above 0, which is the paper's own rule, to be taken in its place.
+OVERLAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+OVERLAP_ERRORS = 2.0
 # How far the router's own view of a list scales the values of its items, and by how much at most.
 JOINT_TRUST, JOINT_FACTOR = 0.25, 4.0
 
@@ -144,21 +156,23 @@ class RouterScores:
     seed: int
     folder: Path
     beta: float
+    file: str = SCORES
 
     @classmethod
-    def open(cls, run: Run, name: str, seed: int, diversity: bool) -> RouterScores:
+    def open(cls, run: Run, name: str, seed: int, diversity: bool, file: str = SCORES) -> RouterScores:
         folder = run.folder / "evaluation" / "routing" / name / f"seed={seed}"
-        if not (folder / "scores.parquet").exists():
-            raise InputError(f"{folder}: no scores of the router {name} there; run watchtower train router first")
-        channels = verify(folder, "scores.parquet").get("channels")
+        if not (folder / file).exists():
+            raise InputError(f"{folder / file}: no scores of the router {name} there; run watchtower train router "
+                             "first")
+        channels = verify(folder, file).get("channels")
         if channels != run.snapshots.names:
             raise InputError(f"{folder}: scores of channels {channels}, but channels.names is {run.snapshots.names}; "
                              "run watchtower train router again")
-        return cls(name, seed, folder, run.config.routing.beta if diversity else 0.0)
+        return cls(name, seed, folder, run.config.routing.beta if diversity else 0.0, file)
 
     def of(self, number: int) -> pa.Table:
         """The rows of a shard, in the order of its triggers."""
-        path, parts = self.folder / "scores.parquet", []
+        path, parts = self.folder / self.file, []
         try:
             with pa.memory_map(str(path)) as source:
                 parquet = open_parquet(source, str(path))
@@ -184,7 +198,7 @@ class RouterScores:
         fits = len(request_id) > 0 and at_T.max(initial=0) < len(request_id)
         if not (fits and np.array_equal(request_id[at_T], np.repeat(requests.request_id_R, count_R))
                 and np.array_equal(rows["position"].to_numpy()[at_T], requests.position_T)):
-            raise InputError(f"{self.folder}: scores of other requests than this run's test requests; run watchtower "
+            raise InputError(f"{self.folder / self.file}: scores of other requests than this run's; run watchtower "
                              "train router again")
         value_TC, uniqueness_TC = (_matrix(rows[name])[at_T] for name in ("value", "uniqueness"))
         if not self.beta:
@@ -198,6 +212,15 @@ def _matrix(column) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------- the judging
+
+@dataclass(frozen=True)
+class Union:
+    """All channels' lists as one: rank_F of each future item, NEVER where it is not there, and length_RK, how many of
+    the first ranks each channel's first K are."""
+
+    rank_F: np.ndarray
+    length_RK: np.ndarray
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -226,11 +249,13 @@ class Judge:
         own = [name for c in self.channels for name in
                (*cut(f"{c}.recall", self.at), *cut(f"{c}.uniq", self.at), f"{c}.trigger_overlap")]
         return [*cut("overall.recall", self.at), *cut("overall.hit_watch_s", self.headline),
-                *cut("overall.tags_covered", self.headline), "overall.trigger_overlap", *bands, *windows, *own]
+                *cut("overall.tags_covered", self.headline), "overall.trigger_overlap", *bands, *windows, *own,
+                *cut("overall.union", self.at), *cut("overall.recall_equal_length", self.at),
+                *cut("overall.recent_equal_length", self.at)]
 
-    def measures(self, pick_RCB: np.ndarray, ranked: Ranked, rank_FC: np.ndarray, uniq_RCK: np.ndarray, budget: int,
-                 block: Block, future: Future, catalogue) -> np.ndarray:
-        """float32 (M, R), in the order of `names`."""
+    def measures(self, pick_RCB: np.ndarray, ranked: Ranked, rank_FC: np.ndarray, uniq_RCK: np.ndarray, union: Union,
+                 recent: Union, budget: int, block: Block, future: Future, catalogue) -> np.ndarray:
+        """float32 (M, R), in the order of `names`. recent: the union of `recent` under the same budget."""
         requests, window = block.table.requests, self.config.replay.window
         overlap_RC = routing.recent_share(pick_RCB, requests.trigger_offset_R1, budget)
         found = routing.found_by_position(rank_FC, ranked, future, requests.position_T, POSITION_BANDS, window)
@@ -239,19 +264,28 @@ class Judge:
         rows += self._windows(rank_FC.min(axis=1), future)
         for c in range(len(self.channels)):
             rows += [*routing.recall(rank_FC[:, c], future, self.at, window), *uniq_RCK[:, c].T, overlap_RC[:, c]]
+        rows += [*union.length_RK.T]
+        for one in (union, recent):
+            rows += [self._cut(one.rank_F, np.minimum(union.length_RK[:, k], recent.length_RK[:, k]), future)
+                     for k in range(len(self.at))]
         return np.stack(rows).astype(np.float32)
 
-    def popular(self, rank_F: np.ndarray, union_RK: np.ndarray, length_RC: np.ndarray, future: Future, catalogue
+    def _cut(self, rank_F: np.ndarray, length_R: np.ndarray, future: Future) -> np.ndarray:
+        """Recall of each request's first items, as many as it may have."""
+        inside_F = rank_F < length_R[future.request_F]
+        return routing.recall(np.where(inside_F, 0, NEVER), future, [NEVER], self.config.replay.window)[0]
+
+    def popular(self, rank_F: np.ndarray, recent: Union, length_RC: np.ndarray, future: Future, catalogue
                 ) -> np.ndarray:
         """The most popular items, as many as the union of `recent` holds (a channel: as many as its list holds)."""
         window, request_F = self.config.replay.window, future.request_F
-        cut_FK = union_RK[request_F]
+        cut_FK = recent.length_RK[request_F]
         united = [np.where(rank_F < cut_FK[:, k], 0, NEVER) for k in range(len(self.at))]
         rows = [routing.recall(rank, future, [NEVER], window)[0] for rank in united]
         headline = [united[self.at.index(k)] for k in self.headline]
         rows += [routing.hit_watch_s(rank, future, [NEVER], window)[0] for rank in headline]
         rows += [self._tags(rank, NEVER, future, catalogue) for rank in headline]
-        none_R = np.full(len(union_RK), np.nan)
+        none_R = np.full(len(recent.length_RK), np.nan)
         rows += [none_R] * (1 + len(band_names(self.config.replay.requests.triggers)))
         rows += [routing.recall(rank, future, [NEVER], w)[0] for w in self.config.routing.windows for rank in headline]
         for c in range(len(self.channels)):
@@ -259,6 +293,9 @@ class Judge:
             own = [np.where(rank_F < np.minimum(length_F, k), 0, NEVER) for k in self.at]
             rows += [routing.recall(rank, future, [NEVER], window)[0] for rank in own]
             rows += [none_R] * (len(self.at) + 1)
+        rows += [*recent.length_RK.T]
+        rows += [self._cut(rank, length_R, future) for rank in (rank_F, recent.rank_F)
+                 for length_R in recent.length_RK.T]
         return np.stack(rows).astype(np.float32)
 
     def _overall(self, rank_F, future, catalogue) -> list[np.ndarray]:
@@ -298,7 +335,8 @@ def band_names(triggers: int) -> list[str]:
 class Subject:
     """Who is judged: a selector, or a router with its scores.
 
-    joint: the joint assignment instead of the top-B per channel.
+    joint: the joint assignment instead of the top-B per channel. overlap: of a router's independent picks
+    (routing.overlap); selectors have none.
     """
 
     name: str
@@ -306,6 +344,7 @@ class Subject:
     selector: Selector | None = None
     scores: RouterScores | None = None
     joint: bool = False
+    overlap: float = 0.0
 
 
 @dataclass
@@ -340,24 +379,78 @@ def judge_shard(run: Run, number: int, subjects: Sequence[Subject], hash_limit: 
     for part, block in run.blocks(number, requests, "test"):
         seen = future_items(shard, part, is_future_E, windows, config.replay.null_watch_s)
         future = routing.future_of(seen.offset_R1, seen.row_V, seen.watch_ms_V)
-        for subject in subjects:
+        recent: dict[int, Union] = {}
+        for subject in subjects:  # `recent` is the first
             score_TC, picks = _picks(subject, scored, part, block, budgets)
             for budget, pick_RCB in picks.items():
                 ranked = routing.interleave(pick_RCB, block.list_TCL)
                 rank_FC = routing.future_ranks(ranked, future)
                 uniq_RCK, union_RK = routing.overlaps(ranked, judge.at)
+                union = Union(routing.united_ranks(ranked, future), union_RK)
+                recent.setdefault(budget, union)
                 values.setdefault((subject.name, subject.seed, budget), []).append(judge.measures(
-                    pick_RCB, ranked, rank_FC, uniq_RCK, budget, block, future, store.catalogue))
+                    pick_RCB, ranked, rank_FC, uniq_RCK, union, recent[budget], budget, block, future,
+                    store.catalogue))
                 if subject.name == "recent" and POPULAR in config.routing.selectors:
                     rank_F = _popularity_ranks(run, block, future)
                     values.setdefault((POPULAR, 0, budget), []).append(judge.popular(
-                        rank_F, union_RK, ranked.length_RC, future, store.catalogue))
+                        rank_F, union, ranked.length_RC, future, store.catalogue))
             if subject.seed == first_seeds[subject.name]:
                 picked.setdefault(subject.name, []).append(_pick_rows(
                     part, picks[budgets[-1]], score_TC, judge.channels, item_ids))
     return ShardJudgement(requests.user_id_R, requests.request_id_R,
                           {key: np.concatenate(parts, axis=1) for key, parts in values.items()},
                           {name: pa.concat_tables(parts) for name, parts in picked.items()})
+
+
+def validation_recall(run: Run, number: int, scores: Sequence[RouterScores]) -> np.ndarray:
+    """What each of OVERLAPS brings a shard's validation requests, which are training requests of users whom no router
+    was fitted on: float64 (len(OVERLAPS), R), the mean of recall@K over routing.at, the budgets and the scores.
+
+    Args:
+        scores: of a router's seeds, of the validation requests.
+    """
+    config, store = run.config, run.store
+    requests = run.requests(number, "train")
+    requests = requests.take(is_validation_user(requests.user_id_R, config))
+    budgets, at = sorted(set(config.routing.budgets)), sorted(set(config.routing.at))
+    shard, is_future_E = store.open(number), is_future_view(store.open(number), run.rule("train"))
+    rows = [one.of(number) for one in scores]
+    found = [np.zeros((len(OVERLAPS), 0))]
+    for part, block in run.blocks(number, requests, "train"):
+        seen = future_items(shard, part, is_future_E, config.replay.window, config.replay.null_watch_s)
+        future = routing.future_of(seen.offset_R1, seen.row_V, seen.watch_ms_V)
+        recalls = []
+        for overlap in OVERLAPS:
+            ranks = [routing.future_ranks(routing.interleave(pick_RCB, block.list_TCL), future).min(axis=1)
+                     for one, table in zip(scores, rows, strict=True)
+                     for pick_RCB in _independent(one.matrices(table, part)[1], part, block, budgets, overlap).values()]
+            recalls.append(np.mean([routing.recall(rank_F, future, at) for rank_F in ranks], axis=(0, 1)))
+        found.append(np.stack(recalls))
+    return np.concatenate(found, axis=1)
+
+
+def chosen_overlap(recall_OR: np.ndarray) -> dict[str, Any]:
+    """The overlap with the best mean recall, unless that is within OVERLAP_ERRORS standard errors of 0's: then 0.
+
+    Args:
+        recall_OR: of validation_recall, all shards.
+
+    Returns:
+        value; best; recall: by overlap; gain_over_0 and its standard_error, of the best one; requests.
+    """
+    recall_OR = recall_OR[:, np.isfinite(recall_OR).all(axis=0)]
+    requests = recall_OR.shape[1]
+    if not requests:
+        return {"value": 0.0, "requests": 0}
+    mean_O = recall_OR.mean(axis=1)
+    best = int(mean_O.argmax())
+    step_R = recall_OR[best] - recall_OR[OVERLAPS.index(0.0)]
+    error = float(step_R.std() / np.sqrt(requests))
+    taken = OVERLAPS[best] if step_R.mean() > OVERLAP_ERRORS * error else 0.0
+    return {"value": taken, "best": OVERLAPS[best], "requests": requests, "gain_over_0": float(step_R.mean()),
+            "standard_error": error,
+            "recall": {f"{overlap:g}": float(mean) for overlap, mean in zip(OVERLAPS, mean_O, strict=True)}}
 
 
 def _picks(subject: Subject, scored: Mapping, part: TriggerRequests, block: Block, budgets: Sequence[int]
@@ -369,8 +462,18 @@ def _picks(subject: Subject, scored: Mapping, part: TriggerRequests, block: Bloc
         value_TC, score_TC = subject.scores.matrices(scored[subject.scores.name, subject.scores.seed], part)
         if subject.joint:
             return score_TC, {b: joint(value_TC, part, block, b) for b in budgets}
-    pick_RCB = routing.top_picks(score_TC, part.trigger_offset_R1, budgets[-1])
-    return score_TC, {b: np.ascontiguousarray(pick_RCB[:, :, :b]) for b in budgets}
+    return score_TC, _independent(score_TC, part, block, budgets, subject.overlap)
+
+
+def _independent(score_TC: np.ndarray, part: TriggerRequests, block: Block, budgets: Sequence[int], overlap: float
+                 ) -> dict[int, np.ndarray]:
+    """Eq. 15's picks, or with an overlap those of routing.spread_picks, where an item weighs its value."""
+    if overlap:
+        pick_RCB = routing.spread_picks(score_TC, part.trigger_offset_R1, block.list_TCL, block.value_TCL, budgets[-1],
+                                        overlap)
+    else:
+        pick_RCB = routing.top_picks(score_TC, part.trigger_offset_R1, budgets[-1])
+    return {b: np.ascontiguousarray(pick_RCB[:, :, :b]) for b in budgets}
 
 
 def joint(value_TC: np.ndarray, part: TriggerRequests, block: Block, budget: int) -> np.ndarray:

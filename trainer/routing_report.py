@@ -37,6 +37,7 @@ def routing_sections(metrics: Mapping[str, Any]) -> list[str]:
             section("Channels and uniqueness (CAPTS, table 3)", _channel_table(routing, budget)),
             section("Ablations (CAPTS, table 4)", _ablations(routing, budget)),
             section("Size of the future window (CAPTS, table 5)", _windows(routing, budget)),
+            section("Better lists, or longer ones", _equal_length(routing, budget)),
             section("Where the recall goes", _where(routing, budget)),
             section("What a faithful CAPTS shows", _checks(routing))]
 
@@ -184,6 +185,37 @@ def _windows(routing: Mapping[str, Any], budget: int) -> str:
             "futures are shorter than the windows, all windows are the same.</p>" + table(
                 ["Selector", *(f"W = {w.removeprefix('window=')}, {r.removeprefix('recall')}" for w in windows
                                for r in recalls)], rows, numbers_from=1))
+
+
+def _equal_length(routing: Mapping[str, Any], budget: int) -> str:
+    names = _lengths(routing, budget)
+    shown = [k for k in names if k in ("100", "all")] or names[-1:]
+    rows = []
+    for name, one in _overall(routing, budget):
+        rows.append(_row(name, [cell for k in shown for cell in (
+            number(_mean(one, f"union@{k}"), ",.0f"), _gain_cell(one.get(f"gain_over_recent@{k}")),
+            _gain_cell(one.get(f"gain_over_recent_equal_length@{k}")))]))
+    return ('<p class="soft">A selector whose triggers bring different items has a longer union under the same budget, '
+            "and a longer list finds more even where all items are alike. Beside the gain over recent stands the one "
+            "at equal length: of each request the longer of the two unions is cut to the length of the shorter one "
+            "(all channels' first items, then all second ones, ..)."
+            + _overlap_in_words(routing.get("overlap") or {}) + "</p>" + table(
+                ["Selector", *(text for k in shown for text in (f"Items @{k}", f"gain over recent @{k}",
+                                                                f"at equal length @{k}"))], rows, numbers_from=1))
+
+
+def _overlap_in_words(overlap: Mapping[str, Any]) -> str:
+    """What routing.overlap is, and why."""
+    if not is_number(overlap.get("value")):
+        return ""
+    text = (f" Routers' independent picks take {overlap['value']:g} off the score of a list that the channel's picks "
+            "before bring whole (routing.overlap, not in the paper)")
+    if "recall" not in overlap:
+        return f"{text}; from: {escape(str(overlap.get('from')))}."
+    means = ", ".join(f"{name}: {mean:.4f}" for name, mean in overlap["recall"].items())
+    return (f"{text}, chosen on {overlap['requests']:,} validation requests by mean recall ({means}): "
+            f"the best, {overlap['best']:g}, is {overlap['gain_over_0']:+.4f} (standard error "
+            f"{overlap['standard_error']:.4f}) from 0, and is taken where that is more than two errors.")
 
 
 def _where(routing: Mapping[str, Any], budget: int) -> str:

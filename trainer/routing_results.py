@@ -3,7 +3,10 @@
     routing.<selector>.budget=<B>.overall.recall@100          {"mean", "ci95", "n", "per_seed"}
     routing.<selector>.budget=<B>.<channel>.recall@100, .uniq@100, .trigger_overlap
     routing.<selector>.budget=<B>.overall.gain_over_<other>@100   paired relative gain over another selector
+    routing.<selector>.budget=<B>.overall.gain_over_recent_equal_length@100   the same over `recent`, both unions cut to
+                                                              the length of the shorter one, request by request
     routing.<selector>.budget=<B>.overall.way_to_oracle@100   share of the way from `recent` to `oracle`
+    routing.overlap           value and from; what validation requests say of each value, where it was chosen
     routing.<selector> = {"absent": reason}
     routing.checks, routing.channels, routing.requests
 
@@ -134,6 +137,9 @@ def _of_budget(judged: Judged, name: str, budget: int, config: Config, channels:
         if gain is not None:
             scope, _, rest = measure.partition(".recall@")
             _put(found, f"{scope}.gain_over_{base}@{rest}", gain)
+    for k, gain in zip(lengths(config), gains_at_equal_length(judged, config, name, budget), strict=True):
+        if name != "recent":
+            _put(found, f"overall.gain_over_recent_equal_length@{k}", gain)
     for k in lengths(config):
         way = way_to_oracle(judged, name, budget, f"overall.recall@{k}")
         if way is not None:
@@ -157,15 +163,31 @@ def gains(judged: Judged, config: Config, name: str, budget: int, pairs: Sequenc
     seeds = max(len(values) for values in (*own, *other))
     a_PSR, b_PSR = (np.stack([np.broadcast_to(values, (seeds, values.shape[1])) for values in side]).astype(np.float64)
                     for side in (own, other))
-    intervals = paired_cis(a_PSR, b_PSR, judged.user_id_R, config.routing.bootstrap, config.routing.seed)
     of_seeds = judged.seeds[name] if len(judged.seeds[name]) == seeds else range(seeds)
-    for (place, base), interval, a_SR, b_SR in zip(where, intervals, a_PSR, b_PSR, strict=True):
+    for (place, base), gain in zip(where, _paired(judged, config, a_PSR, b_PSR, of_seeds), strict=True):
+        found[place] = gain | {"over": base}
+    return found
+
+
+def gains_at_equal_length(judged: Judged, config: Config, name: str, budget: int) -> list[dict[str, Any]]:
+    """At each K the paired gain over `recent` where neither may bring more items than the other: so much is better, and
+    what is left of the plain gain is longer."""
+    a_PSR, b_PSR = (judged.of(name, budget, [f"overall.{whose}_equal_length@{k}" for k in lengths(config)])
+                    .astype(np.float64) for whose in ("recall", "recent"))
+    return [gain | {"over": "recent"} for gain in _paired(judged, config, a_PSR, b_PSR, judged.seeds[name])]
+
+
+def _paired(judged: Judged, config: Config, a_PSR: np.ndarray, b_PSR: np.ndarray, seeds: Sequence[int]
+            ) -> list[dict[str, Any]]:
+    """Relative gains of a over b with their intervals, as metrics.json holds them."""
+    intervals, found = paired_cis(a_PSR, b_PSR, judged.user_id_R, config.routing.bootstrap, config.routing.seed), []
+    for interval, a_SR, b_SR in zip(intervals, a_PSR, b_PSR, strict=True):
         both_SR = np.isfinite(a_SR) & np.isfinite(b_SR)
         per_seed = {str(seed): _relative(a_R[both], b_R[both])
-                    for seed, a_R, b_R, both in zip(of_seeds, a_SR, b_SR, both_SR, strict=True)}
+                    for seed, a_R, b_R, both in zip(seeds, a_SR, b_SR, both_SR, strict=True)}
         low, high = float(interval[1]), float(interval[2])
-        found[place] = {"mean": float(interval[0]), "ci95": [low, high], "n": int(both_SR.any(axis=0).sum()),
-                        "per_seed": per_seed, "over": base}
+        found.append({"mean": float(interval[0]), "ci95": [low, high], "n": int(both_SR.any(axis=0).sum()),
+                      "per_seed": per_seed})
     return found
 
 

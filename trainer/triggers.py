@@ -26,6 +26,7 @@ from trainer.sequences import SequenceShard, is_test_user, split_times, user_has
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 FOREVER_MS = np.iinfo(np.int64).max
 SAMPLE_SEED = 0x52455155  # of the sampled test requests
+VALIDATION_SEED = 0x76616C6964  # the same users for every seed of a router, so that seeds can be compared
 Side = Literal["train", "test"]
 
 
@@ -140,6 +141,11 @@ class TriggerRequests:
             self.shard, *(values[at_R] for values in (self.request_id_R, self.user_R, self.user_id_R, self.time_ms_R,
                                                       self.history_end_R, self.future_end_R)),
             offset_R1, *(values[at_T] for values in (self.trigger_row_T, self.trigger_event_T, self.position_T)))
+
+
+def is_validation_user(user_ids: np.ndarray, config: Config) -> np.ndarray:
+    """bool: of the training users those whose requests are not fitted, but choose the epoch and routing.overlap."""
+    return user_hash(user_ids, VALIDATION_SEED).astype(np.float64) < config.router.validation_share * 2.0**64
 
 
 def is_future_view(shard: SequenceShard, rule: RequestRule) -> np.ndarray:

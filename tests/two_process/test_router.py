@@ -50,7 +50,7 @@ def run_dir(tmp_path_factory):
     from launch.ingest import ingest
     from launch.replay import make_labels
     from trainer.item_value import fit_item_value
-    from trainer.router_data import is_validation_user
+    from trainer.triggers import is_validation_user
     from trainer.world import WorldSpec, write_world
 
     folder = tmp_path_factory.mktemp("router") / "run"
@@ -136,7 +136,7 @@ def trained(folder, case, workers, stop=None, model=0):
     """Trains in a folder of checkpoints of its own; what it told, and the scores where it came to the end."""
     from trainer.loop import train
     from trainer.router_data import RouterData
-    from trainer.router_task import RouterTask, is_scored, score_test_requests
+    from trainer.router_task import RouterTask, is_scored, score_requests
 
     data = RouterData(config_of(folder, dropout=0.1), folder)
     task = RouterTask(data, data.config.router.models[model], 0)
@@ -158,7 +158,7 @@ def trained(folder, case, workers, stop=None, model=0):
         found = train(task, workers, write)
     except Stopped:
         return told
-    score_test_requests(task, found, workers, write)
+    score_requests(task, found, workers, write)
     return told | {"best": found.best.as_json(), "steps": [plan.steps for plan in task.plans()],
                    "checkpoint": Path(found.checkpoint).name, "scored": (scored_before, workers.agree(is_scored(task)))}
 

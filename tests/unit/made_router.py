@@ -9,8 +9,8 @@ from trainer import item_statistics
 from trainer.item_statistics import count_items
 from trainer.item_value import fit_item_value
 from trainer.neighbors import ChannelSnapshots
-from trainer.router_data import is_validation_user
 from trainer.sequences import SequenceStore
+from trainer.triggers import is_validation_user
 
 
 def made_router_run(folder, shards=3):

@@ -1,6 +1,8 @@
 """The router's batches: every request once, the same for any number of workers, nothing of a request's future."""
 
 import json
+import shutil
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_router import made_router_run
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
 from trainer.router_data import RouterData, RouterPlan
 from trainer.router_task import RouterTask, binned_auc, captured_value, crm_checkpoint, load_crm_tables
 from trainer.step_trace import router_feature_counts
+from trainer.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,44 @@ def test_shares_of_a_shard_are_the_shard(data):
         # A matrix product of other sizes rounds the expected hits in another way.
         np.testing.assert_allclose(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name),
                                    rtol=1e-5, atol=1e-6)
+
+
+def arrays(shard):
+    return {field.name: getattr(side, field.name) for side in (shard, shard.requests) for field in fields(side)
+            if isinstance(getattr(side, field.name), np.ndarray)}
+
+
+def test_features_from_disk_are_those_that_were_computed(data):
+    for number in range(data.store.shards):
+        computed, read = arrays(data.read("train", number)), arrays(data.shard(number))
+        assert computed.keys() == read.keys() and len(read) == 17
+        for name, values in computed.items():
+            assert values.dtype == read[name].dtype and not read[name].flags.writeable, name
+            assert values.shape == read[name].shape and values.tobytes() == read[name].tobytes(), name
+
+
+def test_features_are_made_once_and_for_their_inputs_alone(data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(data.run_dir, folder)
+    shutil.rmtree(folder / "router_features", ignore_errors=True)
+    alone = Workers(0, 1, torch.device("cpu"))
+    RouterData(data.config, folder).write_features(alone)
+    (made,) = (folder / "router_features").iterdir()
+    damaged = made / "shard-00001" / "trigger_TF.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    again, computed = RouterData(data.config, folder), []
+    read = again.read
+    monkeypatch.setattr(again, "read", lambda side, number: computed.append(number) or read(side, number))
+    again.write_features(alone)
+    assert computed == [1]
+    list(again.batches(again.plan(0, 0), data.config.router.models[0], 0, 1))
+    assert computed == [1]
+    damaged.write_bytes(b"x")
+    with pytest.raises(WatchtowerError, match="damaged"):
+        RouterData(data.config, folder).shard(1)
+    other = data.config.model_copy(update={"router": data.config.router.model_copy(update={"history": 3})})
+    RouterData(other, folder).write_features(alone)
+    assert [path.name for path in (folder / "router_features").iterdir()] != [made.name]
 
 
 def test_scales_are_of_the_fitted_triggers(data):

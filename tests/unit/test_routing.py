@@ -116,6 +116,71 @@ def test_found_by_position_adds_up_to_recall(block, budget):
                 assert future.row_F[f] in list_TCL[t, c]
 
 
+def naive_spread(score_T, lists_TL, weight_TL, budget, overlap):
+    """Every trigger computed anew for every pick; triggers of one request in one channel."""
+    picks, held = [], set()
+
+    def worth(t):
+        weights = [(item, float(w)) for item, w in zip(lists_TL[t], weight_TL[t], strict=True) if item]
+        total, repeated = sum(w for _, w in weights), sum(w for item, w in weights if item in held)
+        score = -np.inf if np.isnan(score_T[t]) else score_T[t]
+        return score - overlap * (repeated / total if total > 0 else 0.0)
+
+    for _ in range(min(budget, len(score_T))):
+        picks.append(max((t for t in range(len(score_T)) if t not in picks), key=lambda t: (worth(t), -t)))
+        held |= {int(item) for item in lists_TL[picks[-1]] if item}
+    return picks
+
+
+@settings(max_examples=80, deadline=None)
+@given(blocks(), st.integers(1, 8), st.sampled_from([0.0, 0.25, 1.0, 3.0]), st.booleans(), st.integers(0, 2**32))
+def test_spread_picks_equal_a_naive_greedy(block, budget, overlap, plain, seed):
+    offset_R1, list_TCL, score_TC, *_ = block
+    rng = np.random.default_rng(seed)
+    weight_TCL = (np.ones(list_TCL.shape) if plain else rng.choice([0.0, 0.1, 0.5, 0.7], list_TCL.shape)
+                  ).astype(np.float32)
+    got = routing.spread_picks(score_TC, offset_R1, list_TCL, weight_TCL, budget, overlap)
+    for r in range(len(offset_R1) - 1):
+        begin, end = offset_R1[r], offset_R1[r + 1]
+        for c in range(list_TCL.shape[1]):
+            wanted = naive_spread(score_TC[begin:end, c], list_TCL[begin:end, c], weight_TCL[begin:end, c], budget,
+                                  overlap)
+            assert got[r, c].tolist() == [begin + t for t in wanted] + [NONE] * (budget - len(wanted))
+    if overlap == 0:
+        assert got.tolist() == routing.top_picks(score_TC, offset_R1, budget).tolist()
+    smaller = routing.spread_picks(score_TC, offset_R1, list_TCL, weight_TCL, 2, overlap)
+    assert smaller[:, :, :budget].tolist() == got[:, :, :2].tolist()
+
+
+def test_a_repeated_list_waits_for_its_turn():
+    """The second best trigger brings what the best one brought: worth 0.8 - 0.3, less than the third one's 0.6."""
+    list_TCL = np.array([[[1, 2]], [[2, 1]], [[3, 4]]], np.int32)
+    arguments = np.array([[0.9], [0.8], [0.6]]), np.array([0, 3]), list_TCL, np.ones(list_TCL.shape), 3
+    assert routing.spread_picks(*arguments, 0.3)[0, 0].tolist() == [0, 2, 1]
+    assert routing.spread_picks(*arguments, 0.1)[0, 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="at least 0"):
+        routing.spread_picks(*arguments, -0.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks(), st.integers(1, 4), st.integers(1, 12))
+def test_a_cut_union_is_dealt_out_in_turn(block, budget, cut):
+    offset_R1, list_TCL, score_TC, view_R1, row_V, ms_V = block
+    ranked = routing.interleave(routing.top_picks(score_TC, offset_R1, budget), list_TCL)
+    future = routing.future_of(view_R1, row_V, ms_V)
+    rank_F, request_F = routing.united_ranks(ranked, future), future.request_F
+    _, union_RK = routing.overlaps(ranked, [cut])
+    for r in range(len(offset_R1) - 1):
+        lists = [ranked.item_RCX[r, c, :ranked.length_RC[r, c]].tolist() for c in range(list_TCL.shape[1])]
+        united = []
+        for x in range(max(map(len, lists))):
+            united += [one[x] for one in lists if x < len(one)]
+        united = list(dict.fromkeys(united))
+        wanted = [united.index(row) if row in united else NEVER for row in future.row_F[request_F == r]]
+        assert rank_F[request_F == r].tolist() == wanted
+        assert set(united[:union_RK[r, 0]]) == set().union(*(one[:cut] for one in lists))
+
+
 def naive_joint(chance_TCL, offset_R1, list_TCL, quota, least, most, by_max):
     """Every pair computed anew at every step."""
     channels, found = list_TCL.shape[1], []

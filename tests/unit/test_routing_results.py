@@ -4,17 +4,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from made_replay import NAMES
-from made_routing import AT, made_routing_run, routing_config, write_scores
+from made_routing import AT, ROUTERS, made_routing_run, routing_config, write_scores
 
 from configs.errors import InputError, WatchtowerError
 from embeddings.snapshots import publish, read_manifest
-from launch.routing import SerialExecutor, evaluate_routing
+from launch.routing import SerialExecutor, choose_overlap, evaluate_routing
 from trainer.metrics import paired_ci, paired_cis
 from trainer.report import results_table, write_report
 from trainer.results import value_at, write_metrics
 from trainer.routing import NONE, top_picks
-from trainer.routing_evaluation import Run, band_names
+from trainer.routing_evaluation import (
+    OVERLAPS,
+    VALIDATION,
+    RouterScores,
+    Run,
+    band_names,
+    chosen_overlap,
+    validation_recall,
+)
 from trainer.routing_results import in_words
+from trainer.triggers import is_routing_test_user, is_validation_user
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +113,94 @@ def test_structure_and_order(metrics):
     assert 0 < value_at(metrics, "routing.capts-joint.budget=2.swing.recall@3") <= 1
     assert routing["checks"]["over_past_replay_all"]["ok"] in (True, False)
     assert "absent" in routing["checks"]["over_recent_50"]
+
+
+def test_unions_are_counted_and_cut_to_the_same_length(folder, metrics):
+    for name, value in metrics["routing"].items():
+        if not isinstance(value, dict) or "budget=2" not in value:
+            continue
+        own, recent = value["budget=2"]["overall"], metrics["routing"]["recent"]["budget=2"]["overall"]
+        for k in ("1", "3", "10", "all"):
+            cut, plain = own[f"recall_equal_length@{k}"]["mean"], own[f"recall@{k}"]["mean"]
+            assert cut <= plain + 1e-6
+            assert own[f"recent_equal_length@{k}"]["mean"] <= recent[f"recall@{k}"]["mean"] + 1e-6
+            if name == "recent":
+                assert cut == pytest.approx(plain) and f"gain_over_recent_equal_length@{k}" not in own
+            else:
+                gain = cut / own[f"recent_equal_length@{k}"]["mean"] - 1
+                assert own[f"gain_over_recent_equal_length@{k}"]["mean"] == pytest.approx(gain, abs=1e-5)
+        if name == "popular":  # as long as the union of recent
+            assert own["union@10"] == recent["union@10"] | {"per_seed": own["union@10"]["per_seed"]}
+            assert own["recall_equal_length@10"]["mean"] == pytest.approx(own["recall@10"]["mean"])
+
+
+def test_union_of_a_router_equals_sets(folder):
+    run, rows = Run(routing_config(folder), folder), pq.read_table(folder / "routing/capts.parquet").to_pandas()
+    wanted = []
+    for number in range(run.store.shards):
+        for part, block in run.blocks(number, run.requests(number, "test"), "test"):
+            ids = run.store.vocabulary.ids_of(part.trigger_row_T).tolist()
+            row_of = dict(zip(ids, part.trigger_row_T, strict=True))
+            for r in range(len(part)):
+                first, at = part.trigger_offset_R1[r], {}
+                for t in range(first, part.trigger_offset_R1[r + 1]):
+                    at[int(part.trigger_row_T[t])] = t
+                mine = rows[(rows.request_id == part.request_id_R[r]) & (rows["rank"] <= 2)]
+                union = set()
+                for channel, item in zip(mine.channel, mine.trigger_item_id, strict=True):
+                    union |= {int(i) for i in block.list_TCL[at[int(row_of[item])], NAMES.index(channel)] if i}
+                wanted.append(len(union))
+    told = json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text())["capts"]["budget=2"]["overall"]
+    assert told["union@all"]["per_seed"]["0"] == pytest.approx(np.mean(wanted))
+
+
+def test_the_overlap_is_chosen_on_validation_requests_alone(folder, metrics):
+    config = routing_config(folder, overlap=None)
+    run = Run(config, folder)
+    hidden = [folder / f"evaluation/routing/capts/seed={seed}/scores.parquet" for seed in (0, 1)]
+    for path in hidden:
+        path.rename(path.with_suffix(".hidden"))
+    try:
+        choice = choose_overlap(run, SerialExecutor())
+    finally:
+        for path in hidden:
+            path.with_suffix(".hidden").rename(path)
+    assert choice["from"] == "validation requests" and choice["requests"] > 3
+    assert choice["value"] in OVERLAPS and list(choice["recall"]) == [f"{overlap:g}" for overlap in OVERLAPS]
+    scores = [RouterScores.open(run, "capts", seed, True, VALIDATION) for seed in (0, 1)]
+    asked = [run.requests(number, "train") for number in range(run.store.shards)]
+    asked = [requests.take(is_validation_user(requests.user_id_R, config)) for requests in asked]
+    told = [validation_recall(run, number, scores) for number in range(run.store.shards)]
+    assert [one.shape for one in told] == [(len(OVERLAPS), len(requests)) for requests in asked]
+    assert not any(is_routing_test_user(requests.user_id_R, config).any() for requests in asked)
+    with pytest.raises(InputError, match="validation.parquet: no scores of the router"):
+        RouterScores.open(run, "capts", 7, True, VALIDATION)
+
+
+def test_an_overlap_changes_the_picks_of_routers_alone(folder, metrics):
+    evaluate_routing(routing_config(folder, overlap=0.5), folder, SerialExecutor())
+    spread = json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text())
+    serving = json.loads((folder / "routing" / "serving.json").read_text())
+    evaluate_routing(routing_config(folder), folder, SerialExecutor())
+    assert json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text()) == metrics["routing"]
+    assert spread["overlap"] == {"value": 0.5, "from": "config"} and serving["overlap"] == 0.5
+    for name in ("recent", "pdn", "oracle", "capts-joint"):
+        assert spread[name]["budget=2"]["overall"]["recall@all"] == metrics["routing"][name]["budget=2"]["overall"][
+            "recall@all"]
+    longer = [spread[name]["budget=2"]["overall"]["union@all"]["mean"] -
+              metrics["routing"][name]["budget=2"]["overall"]["union@all"]["mean"] for name in ROUTERS]
+    assert all(longer)
+
+
+def test_an_overlap_is_taken_where_it_is_surely_better():
+    rng = np.random.default_rng(0)
+    recall_OR = np.full((len(OVERLAPS), 400), 0.2) + rng.normal(0, 0.05, (1, 400))
+    noisy = recall_OR + rng.normal(0, 0.05, recall_OR.shape)
+    noisy[3] += 0.002
+    assert chosen_overlap(noisy)["value"] == 0.0 and chosen_overlap(noisy)["best"] != 0.0
+    noisy[3] += 0.02
+    assert chosen_overlap(noisy)["value"] == chosen_overlap(noisy)["best"] == OVERLAPS[3]
+    assert chosen_overlap(np.full((len(OVERLAPS), 2), np.nan)) == {"value": 0.0, "requests": 0}
 
 
 def test_pick_files_hold_the_largest_budget(folder):
