@@ -215,7 +215,7 @@ def _overlap_in_words(overlap: Mapping[str, Any]) -> str:
     means = ", ".join(f"{name}: {mean:.4f}" for name, mean in overlap["recall"].items())
     return (f"{text}, chosen on {overlap['requests']:,} validation requests by mean recall ({means}): "
             f"the best, {overlap['best']:g}, is {overlap['gain_over_0']:+.4f} (standard error "
-            f"{overlap['standard_error']:.4f}) from 0, and is taken where that is more than two errors.")
+            f"{overlap['standard_error']:.4f}) from 0, and is taken where that is more than three errors.")
 
 
 def _where(routing: Mapping[str, Any], budget: int) -> str:
