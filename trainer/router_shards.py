@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import WatchtowerError
-from embeddings.snapshots import publish, read_manifest
+from embeddings.snapshots import publish, read_manifest, verify_file
+from embeddings.untrusted import damaged
 from trainer.triggers import TriggerRequests
 
 FOLDER, FORMAT = "router_features", 1
@@ -68,21 +69,27 @@ def open_shard(folder: Path) -> RouterShard:
     """A published shard, its arrays memory-mapped and read-only.
 
     Raises:
-        WatchtowerError: it is missing, of another format, or damaged as far as sizes tell (`verify` reads checksums).
+        WatchtowerError: it is missing, of another format or damaged. Checksums are read once a process.
     """
     manifest = read_manifest(folder)
     if manifest.get("format") != FORMAT:
         raise WatchtowerError(f"{folder}: format {manifest.get('format')}, not {FORMAT}; remove the folder")
 
     def mapped(name: str) -> np.ndarray:
-        path = folder / f"{name}.npy"
+        path = verify_file(folder, manifest, f"{name}.npy")
         try:
-            if path.stat().st_size != manifest["files"][path.name]["bytes"]:
-                raise ValueError("another size than its manifest says")
             # As a plain array: numpy's own class of mapped ones is slower to index.
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, KeyError) as error:
-            raise WatchtowerError(f"{path}: damaged ({error}); remove {folder} and run again") from error
+            found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            if found.ndim == 0 or len(found) != rows.get(name.rsplit("_", 1)[1][:2].rstrip("FC"), len(found)):
+                raise ValueError(f"it has the shape {found.shape}")
+            return found
+        except (OSError, ValueError) as error:
+            raise damaged(path, error, f"remove {folder} and run again") from error
 
-    requests = TriggerRequests(manifest["shard"], *(mapped(REQUESTS + name) for name in REQUEST_ARRAYS))
+    try:
+        rows = {"R": int(manifest["requests"]), "R1": int(manifest["requests"]) + 1, "T": int(manifest["triggers"])}
+        number = int(manifest["shard"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder, error, "remove it and run again") from error
+    requests = TriggerRequests(number, *(mapped(REQUESTS + name) for name in REQUEST_ARRAYS))
     return RouterShard(requests, *(mapped(name) for name in OWN_ARRAYS))

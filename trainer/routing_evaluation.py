@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 
 from configs.errors import InputError
 from configs.schema import Config
-from embeddings.snapshots import verify
+from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import damaged, open_parquet
 from trainer import routing
 from trainer.channels import absent_channels, present_channels
@@ -164,7 +164,9 @@ class RouterScores:
         if not (folder / file).exists():
             raise InputError(f"{folder / file}: no scores of the router {name} there; run watchtower train router "
                              "first")
-        channels = verify(folder, file).get("channels")
+        manifest = read_manifest(folder)
+        verify_file(folder, manifest, file)
+        channels = manifest.get("channels")
         if channels != run.snapshots.names:
             raise InputError(f"{folder}: scores of channels {channels}, but channels.names is {run.snapshots.names}; "
                              "run watchtower train router again")
