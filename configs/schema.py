@@ -19,7 +19,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 # Keys that say how a run is done and cannot change its numbers: a run may go on elsewhere with other ones.
 HOW_TRAINED = frozenset({"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints",
-                         "prefetch", "log_every_steps", "max_restarts", "timeout_s"})
+                         "prefetch", "log_every_steps", "max_restarts", "timeout_s", "watchdog_s", "wait_s",
+                         "grace_s"})
 HOW_INDEXED = frozenset({"device", "threads"})
 # Keys of `index` that decide what is published, not what is trained: a run goes on under a lower gate.
 INDEX_GATES = frozenset({"min_recall", "min_validation_recall", "max_nan_share"})
@@ -225,8 +226,22 @@ class CrmConfig(Section):
         return self.publish or self.models[0].name
 
 
+class WorkerRange(Section):
+    """As many workers as the cluster has room for, between these."""
+
+    min: Positive = Field(1, description="workers without which training does not begin")
+    max: Positive = Field(2, description="workers at most")
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class TrainConfig(Section):
-    workers: Positive = Field(2, description="Ray Train workers (processes)")
+    workers: Positive | WorkerRange = Field(
+        2, description="Ray Train workers (processes); {min, max}: as many as the cluster has room for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the towers and tables live")
     threads_per_worker: Positive | None = Field(None, description="CPU threads a worker; null: cores / workers")
     epochs: Positive = Field(4, description="passes over each time slice")
@@ -252,9 +267,32 @@ class TrainConfig(Section):
     log_every_steps: Positive = Field(20, description="steps between two log lines")
     max_restarts: Annotated[int, Field(ge=0)] = Field(2, description="times a lost worker group is restarted")
     timeout_s: PositiveFloat = Field(600.0, description="seconds a collective may take before it fails")
+    watchdog_s: PositiveFloat | None = Field(
+        1800.0,
+        description="seconds in which nothing moves before all stacks are printed and the run ends (above timeout_s, "
+        "a collective's own error comes first); null: off")
+    wait_s: PositiveFloat = Field(
+        600.0, description="seconds to wait for room for the (least) workers before the run ends")
+    grace_s: PositiveFloat = Field(
+        25.0, description="seconds that training has after a SIGTERM to save a checkpoint and end")
+
+    @property
+    def least_workers(self) -> int:
+        """Workers that training needs to begin."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that training takes where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @model_validator(mode="after")
     def _batch_divides(self):
+        if not isinstance(self.workers, int):
+            # Whatever number there is takes rows rank, rank + workers, .. of the same global batches.
+            if self.batch_rows < self.workers.max:
+                raise ValueError(f"batch_rows ({self.batch_rows}) must be at least workers.max ({self.workers.max})")
+            return self
         if self.batch_rows % self.workers:
             below = self.batch_rows // self.workers * self.workers
             near = " or ".join(str(n) for n in (below, below + self.workers) if n)
@@ -627,7 +665,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _batches_divide(self):
         for at, model in enumerate(self.crm.models):
-            if model.batch_rows is not None and model.batch_rows % self.train.workers:
+            if isinstance(self.train.workers, int) and (model.batch_rows or 0) % self.train.workers:
                 raise ValueError(f"crm.models.{at}.batch_rows ({model.batch_rows}) must be a multiple of train.workers "
                                  f"({self.train.workers}), so that every worker has as many rows")
         return self

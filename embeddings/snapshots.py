@@ -22,13 +22,14 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, WatchtowerError
 from configs.secrets import redacted
+from embeddings import attempts
 from embeddings.untrusted import read_json
 
 MANIFEST = "manifest.json"
@@ -81,6 +82,7 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
     Raises:
         InputError: a manifest that is not JSON or holds `files`; the disk is full.
         WatchtowerError: the target is there with another manifest, or damaged, and `replace` is not set.
+        Superseded: this process acts for an attempt that was cut off (embeddings/attempts.py).
         Exception: whatever `write` raises. In every case nothing half-written is left.
     """
     target = Path(target)
@@ -93,7 +95,8 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
     try:
         write(attempt)
         _seal(attempt, manifest)
-        _put_in_place(attempt, target, manifest, replace)
+        with attempts.publishing():
+            _put_in_place(attempt, target, manifest, replace)
         _flush(target.parent)
     except Exception as error:
         if says_disk_full(error):
@@ -239,13 +242,17 @@ def as_of(parent: Path, time_ms: int, rollback_ms: int) -> Path | None:
 def clean_dead_attempts(parent: Path) -> list[Path]:
     """Remove what writers that died left half-written in `parent`; returns what was removed.
 
-    A writer holds a lock on its folder, which the system lets go when the process ends, however it ends.
+    A writer holds a lock on its folder, which the system lets go when the process ends, however it ends. Who removes
+    holds it too, until the folder is gone: a writer that has made its folder and not locked it yet waits for that, and
+    makes another one.
     """
     removed = []
     for path in sorted(Path(parent).iterdir()):
-        if _ATTEMPT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink() and _is_dead(path):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+        if _ATTEMPT_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with _lock_of_the_dead(path) as is_dead:
+                if is_dead:
+                    shutil.rmtree(path, ignore_errors=True)
+                    removed.append(path)
     return removed
 
 
@@ -267,26 +274,40 @@ def _open_attempt(target: Path) -> tuple[Path, int]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # no locks on this file system; others then go by age
-        # Between mkdir and flock somebody who cleans may have taken the folder for dead.
-        if attempt.exists():
+        # Between mkdir and flock somebody who cleans may have taken the folder for dead; it is gone by now.
+        if _is_still(attempt, lock):
             return attempt, lock
         os.close(lock)
 
 
-def _is_dead(attempt: Path) -> bool:
+@contextlib.contextmanager
+def _lock_of_the_dead(attempt: Path) -> Iterator[bool]:
+    """Whether the folder's writer is dead; if it is, its lock is ours while the block runs."""
     try:
         lock = os.open(attempt, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return False
+        yield False
+        return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return time.time() - attempt.stat().st_mtime > _UNLOCKABLE_DEAD_AFTER_S
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # While we came to the lock, its writer may have renamed the folder into its place.
+            is_dead = _is_still(attempt, lock)
+        except BlockingIOError:
+            is_dead = False
+        except OSError:
+            is_dead = time.time() - os.fstat(lock).st_mtime > _UNLOCKABLE_DEAD_AFTER_S
+        yield is_dead
     finally:
         os.close(lock)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether the open folder is the one that stands at this path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
@@ -335,13 +356,19 @@ def _swap(attempt: Path, target: Path) -> None:
         if rename and rename(at_fdcwd, os.fsencode(attempt), at_fdcwd, os.fsencode(target), exchange) == 0:
             return
     aside = target.parent / f".{target.name}.attempt-{uuid.uuid4().hex}.tmp"
-    os.rename(target, aside)
+    lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY)  # nobody who cleans shall take it for dead meanwhile
     try:
-        os.rename(attempt, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(target, aside)
+        try:
+            os.rename(attempt, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _is_same(target: Path, manifest: dict[str, Any]) -> bool:

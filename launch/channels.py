@@ -26,12 +26,14 @@ import numpy as np
 
 from configs.errors import QualityGateError, WatchtowerError
 from configs.schema import Config
+from embeddings.attempts import Attempt, acts_for
 from embeddings.snapshots import Snapshot, list_snapshots, read_manifest, verify
 from trainer import item_statistics
 from trainer.channels import CHANNELS, Given, absent_channels, build_channel, made_from, present_channels, watermarks
 from trainer.co_views import CoViews
 from trainer.neighbors import NeighborLists, publish_neighbors
 from trainer.sequences import SequenceStore
+from trainer.watchdog import at_work, moved
 
 STATISTICS_FORMAT = 2
 _UNFINISHED = ".co-views."
@@ -65,10 +67,11 @@ class RayExecutor:
         import ray
 
         remote = ray.remote(num_cpus=1, max_retries=2)(_call)
-        waiting = [remote.remote(task) for task in tasks]
+        waiting = [remote.remote(acts_for(), task) for task in tasks]
         try:
             while waiting:
                 done, waiting = ray.wait(waiting)
+                moved("a task of the channels")
                 try:
                     yield from ray.get(done)
                 except ray.exceptions.RayTaskError as error:
@@ -79,8 +82,9 @@ class RayExecutor:
                 ray.cancel(task)
 
 
-def _call(task: Callable[[], Any]) -> Any:
-    return task()
+def _call(attempt: Attempt | None, task: Callable[[], Any]) -> Any:
+    with at_work(attempt):
+        return task()
 
 
 @dataclass(frozen=True)

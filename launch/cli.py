@@ -3,7 +3,8 @@
 A mistake in the input or the config ends in one clear message and exit code 2, never in a traceback. Nothing heavy is
 imported before a command needs it, so that `--help` answers at once.
 
-Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short · 130 interrupted.
+Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short · 130 interrupted
+· 143 ended by SIGTERM, training saved.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.secrets import redact
 from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
+from launch.stopping import TERMINATED, end_on_sigterm
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -32,7 +34,7 @@ STAGE_COMMANDS = {  # what is typed: (stage, what it does)
     ("evaluate",): ("evaluate", "measure retrieval through the published indexes and snapshots"),
     ("report",): ("report", "write report.html from what was measured"),
 }
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 NOT_BUILT = (("serve",), ("nearline",))
 WORLD_DIALS = (  # option, type, what it is; the field of WorldSpec has the same name
     ("users", int, "number of users"),
@@ -64,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="watchtower", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train and rebuild the retrieval stage of a video recommender.",
-        epilog="exit codes: 0 done, 1 failed, 2 the input or the config is wrong, 3 a quality gate fell short\n"
+        epilog="exit codes: 0 done, 1 failed, 2 the input or the config is wrong, 3 a quality gate fell short,\n"
+               "130 interrupted, 143 ended by SIGTERM\n"
                "every key of a config: docs/configuration.md")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("--traceback", action="store_true", help="show tracebacks (also: WATCHTOWER_TRACEBACK=1)")
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     run_dir: str | None = None
     arguments = None
     try:
-        _end_on_sigterm()
+        end_on_sigterm()
         arguments = _parse(argv)
         if arguments.traceback:
             os.environ["WATCHTOWER_TRACEBACK"] = "1"
@@ -230,18 +233,6 @@ def _interrupted(code: int) -> int:
     """Ctrl-C arrives as a KeyboardInterrupt, or, while Ray Train is at work, as its own SystemExit(1)."""
     _say("interrupted; run the same command again to go on where it stopped")
     return code
-
-
-def _end_on_sigterm() -> None:
-    """A SIGTERM ends the run as an exception does: locks and Ray's processes go, and nothing half-written stays."""
-    import signal
-    import threading
-
-    def leave(*_: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, leave)
 
 
 def _say(message: str) -> None:

@@ -34,10 +34,12 @@ import pyarrow.parquet as pq
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, DataConfig
 from embeddings import snapshots
+from embeddings.attempts import acts_for
 from trainer import catalogue, kuairand_csv, logs, sequences
 from trainer.events import EventLog
 from trainer.logs import Piece, filesystem_of
 from trainer.vocabulary import Vocabulary
+from trainer.watchdog import at_work
 
 FORMAT = 1  # of the sequences folder; another number ingests anew
 ROWS_PER_SHARD, LEAST_SHARDS = 2_000_000, 8
@@ -156,21 +158,28 @@ class RayExecutor:
         return {"num_cpus": self.cpus_per_task, "compute": ray.data.TaskPoolStrategy(size=self.tasks)}
 
     def each(self, task, pieces):
+        attempt = acts_for()
+
         def run(batch: pa.Table) -> pa.Table:
-            for index in batch["piece"].to_pylist():
-                task(pieces[index])
+            with at_work(attempt):
+                for index in batch["piece"].to_pylist():
+                    task(pieces[index])
             return batch
 
         with _quiet_ray():
             self._source(pieces).map_batches(run, batch_size=1, batch_format="pyarrow", **self._options()).materialize()
 
     def group(self, read, write, pieces, shards, folder):
+        attempt = acts_for()
+
         def read_pieces(batch: pa.Table) -> Iterator[pa.Table]:
-            for index in batch["piece"].to_pylist():
-                yield from read(pieces[index])
+            with at_work(attempt):
+                for index in batch["piece"].to_pylist():
+                    yield from read(pieces[index])
 
         def write_group(rows: pa.Table) -> pa.Table:
-            write(rows)
+            with at_work(attempt):
+                write(rows)
             return rows.slice(0, 1).select(["shard"])
 
         with _quiet_ray(by_sort=len(pieces) <= self.sorted_pieces):

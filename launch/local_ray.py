@@ -72,14 +72,37 @@ def local_cpus(config: Config, cores: int | None = None) -> int:
     """
     if config.ray.cpus is not None:
         return math.ceil(config.ray.cpus)
-    return max(usable_cores() if cores is None else cores, config.train.workers + SPARE_CPUS)
+    cores = usable_cores() if cores is None else cores
+    return max(cores, local_workers(config, cores)[1] + SPARE_CPUS)
+
+
+def ray_address(config: Config) -> str | None:
+    """The cluster that `ray.address` or RAY_ADDRESS names; None: a local Ray."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
+
+
+def local_workers(config: Config, cores: int | None = None) -> tuple[int, int]:
+    """Training workers, at least and at most, of a local Ray: as many as there are cores, in the config's limits. A
+    local Ray is told of more CPUs than there are, so its own count of them decides nothing."""
+    train, cores = config.train, usable_cores() if cores is None else cores
+    count = min(max(cores, train.least_workers), train.most_workers)
+    return count, count
+
+
+def worker_limits(config: Config) -> tuple[int, int]:
+    """Training workers, at least and at most, on the Ray that this config names."""
+    if ray_address(config) is None:
+        return local_workers(config)
+    return config.train.least_workers, config.train.most_workers
 
 
 def threads_per_worker(config: Config, cores: int | None = None) -> int:
     """CPU threads of a training worker: what the config says, else the cores over the workers, at least 1."""
     if config.train.threads_per_worker is not None:
         return config.train.threads_per_worker
-    return max(1, (usable_cores() if cores is None else cores) // config.train.workers)
+    cores = usable_cores() if cores is None else cores
+    return max(1, cores // local_workers(config, cores)[1])
 
 
 def worker_environment(config: Config, *, local: bool) -> dict[str, str]:
@@ -89,6 +112,8 @@ def worker_environment(config: Config, *, local: bool) -> dict[str, str]:
         # Threads that spin at OpenMP's barriers make a step ten times slower once anything else wants the cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the default, 2 s, delays every report of a checkpoint
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # of a worker that lives and does not answer; 600 s before
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a node that is taken away has seconds
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
@@ -137,9 +162,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
     Raises:
         WatchtowerError: the cluster cannot be reached, or a local Ray does not start.
     """
-    address = config.ray.address or os.environ.get("RAY_ADDRESS") or None
-    if address == "local":
-        address = None
+    address = ray_address(config)
     begin = time.perf_counter()
     variables = worker_environment(config, local=address is None)
     folder = None

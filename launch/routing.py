@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config
+from embeddings.attempts import acts_for, publishing
 from trainer.results import plain, unmet, write_whole
 from trainer.routing_evaluation import (
     JOINT,
@@ -42,6 +43,7 @@ from trainer.routing_evaluation import (
 from trainer.routing_results import joined, routing_metrics
 from trainer.selectors import POPULAR, SELECTORS, Selector
 from trainer.triggers import request_hash
+from trainer.watchdog import at_work, moved
 
 
 class Executor(Protocol):
@@ -72,16 +74,24 @@ class RayExecutor:
     def each(self, task, shards):
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=2)(lambda number: task(number))
+        attempt = acts_for()
+
+        def judge(number: int) -> Any:
+            with at_work(attempt):
+                return task(number)
+
+        remote = ray.remote(num_cpus=1, max_retries=2)(judge)
         waiting: deque = deque()
         ahead = self.ahead or max(1, int(ray.cluster_resources().get("CPU", 1)))
         try:
             for number in range(shards):
                 if len(waiting) == ahead:
                     yield ray.get(waiting.popleft())
+                    moved("a shard of the routing")
                 waiting.append(remote.remote(number))
             while waiting:
                 yield ray.get(waiting.popleft())
+                moved("a shard of the routing")
         except ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, WatchtowerError) else error) from None
@@ -246,7 +256,8 @@ class PickFiles:
         for name, writer in self.writers.items():
             writer.close()
             if failed is None:
-                self._beside(name).replace(self.folder / f"{name}.parquet")
+                with publishing():
+                    self._beside(name).replace(self.folder / f"{name}.parquet")
             else:
                 self._beside(name).unlink(missing_ok=True)
         if failed is None:  # of selectors that are not judged any more

@@ -29,11 +29,14 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
 from configs.secrets import redacted
+from embeddings import attempts
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
 from launch.run_folder import locked, make_run_folder
+from launch.stopping import interrupt
 from trainer.events import EventLog, follow, seconds_text
+from trainer.watchdog import Watch, moved
 
 # Keys that say how a run is done; with other values the results are the same up to rounding.
 WHERE_THE_DATA_ARE = {"logs", "items", "users", "synth"}
@@ -228,7 +231,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(json.dumps(redacted(value), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        with attempts.publishing():
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -315,11 +319,20 @@ def run(config: Config, only: list[str] | None = None) -> Path:
                 say(f"{name}: already done for the same inputs")
         save_resolved(config, run_dir / "config.yaml")
         if to_run:
-            _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
+            with _attempt(config, run_dir):
+                _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)
         if wanted & {"crm", "evaluate", "router", "routing", "report"}:
             show_results(run_dir)
             judge(config, run_dir, partly=only is not None)
     return run_dir
+
+
+@contextlib.contextmanager
+def _attempt(config: Config, run_dir: Path) -> Iterator[None]:
+    """This driver's attempt at the run, watched over: what stands still, or was cut off, ends."""
+    with attempts.acting(attempts.begin_driver(run_dir)) as attempt, Watch(attempt, "driver", config.train.watchdog_s,
+                                                                           end=interrupt):
+        yield
 
 
 @contextlib.contextmanager
@@ -406,6 +419,7 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
             (run_dir / "evaluation" / "routing" / "metrics.json").unlink(missing_ok=True)
         (run_dir / "stages" / f"{later}.json").unlink(missing_ok=True)
     log.write("stage", stage=stage.name, status="started")
+    moved(f"stage {stage.name}")
     begin = time.perf_counter()
     try:
         with peak_memory() as peak:

@@ -7,20 +7,32 @@ judged or scored and goes on from the newest checkpoint of the rest.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 from configs.secrets import redacted
+from embeddings import attempts
+from embeddings.attempts import Attempt, Superseded, acting
 from embeddings.untrusted import damaged, inside, read_json
+from launch.stopping import TERMINATED, asking_first, interrupt, is_asked
+from trainer.watchdog import LOOK_S, PROGRESS, Watch, moved
+
+if TYPE_CHECKING:
+    from trainer.workers import Workers
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
@@ -79,23 +91,52 @@ def _run_crm(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
-    """What the workers' function of this name returned, once a group of them has run it."""
+    """What the workers' function of this name returned, once a group of them has run it.
+
+    A group that fails is started again by Ray Train (`train.max_restarts`). One that was asked to save and end (a node
+    is taken away, the cluster has another size) is started again here, however often that happens.
+
+    Raises:
+        SystemExit: 143, a SIGTERM asked this driver to end, and training has saved.
+    """
+    run_dir = Path(run_dir).absolute()
+    driver = attempts.acts_for() or attempts.begin_driver(run_dir)
+    outcome = _outcome(run_dir, work)
+    while True:
+        outcome.unlink(missing_ok=True)
+        try:
+            with _watched_group(config, driver), asking_first(lambda: _ask_to_stop(driver), config.train.grace_s):
+                _fit(config, run_dir, work, driver)
+        finally:
+            attempts.end_groups(driver)
+        told = json.loads(outcome.read_text())
+        if "result" in told:
+            return told["result"]
+        if is_asked():
+            raise SystemExit(TERMINATED)
+        print(f"training stopped at step {told['step']} ({told['stopped']}); it goes on with another group", flush=True)
+
+
+def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
+    """Runs a group, and the ones that Ray Train starts in its place; returns once one has left an outcome.
+
+    Raises:
+        WatchtowerError: what ended it, in one message: a worker's own error, or the first cause that one left.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from launch.local_ray import threads_per_worker
+    from launch.local_ray import threads_per_worker, worker_limits
 
-    run_dir = Path(run_dir).absolute()
-    outcome = _outcome(run_dir, work)
-    outcome.unlink(missing_ok=True)
-    gpu = wants_gpu(config)
+    outcome, gpu, (least, most) = _outcome(run_dir, work), wants_gpu(config), worker_limits(config)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "work": work,
-                           "threads": threads_per_worker(config)},
-        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu),
+                           "threads": threads_per_worker(config), "driver": driver.driver},
+        scaling_config=ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=gpu),
         run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
-                             failure_config=FailureConfig(max_failures=config.train.max_restarts)),
+                             failure_config=FailureConfig(max_failures=config.train.max_restarts),
+                             callbacks=_callbacks(driver, outcome, config.train.grace_s)),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo",
                                  timeout_s=int(config.train.timeout_s)))
     try:
@@ -104,11 +145,116 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
         found = _told(outcome)
         if found is not None:
             raise found from None
-        raise WatchtowerError(f"the training workers failed: {_cause(error)}") from error
+        raise WatchtowerError(f"the training workers failed: {_first_cause(driver) or _cause(error)}") from error
     found = _told(outcome)
     if found is not None:
         raise found
-    return _read_outcome(outcome)["result"]
+    if not outcome.exists():
+        raise WatchtowerError("the training workers ended and left no result; another driver may have taken the run "
+                              "over")
+
+
+def _callbacks(driver: Attempt, outcome: Path, grace_s: float) -> list[Any]:
+    """What Ray Train's processes do beside their own: a worker hears a SIGTERM, a group saves before it is resized."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
+
+    class HearsSigterm(WorkerCallback):
+        def after_init_train_context(self) -> None:  # on the main thread, where signals arrive; training is on another
+            _hear_sigterm()
+
+    class SavesBeforeResize(ControllerCallback):
+        def before_controller_execute_resize_decision(self, decision: Any) -> None:
+            _save_before_resize(driver, outcome, grace_s)
+
+    return [HearsSigterm(), SavesBeforeResize()]
+
+
+def _ask_to_stop(driver: Attempt) -> bool:
+    """Ask the group to save and end; False where there is none that trains."""
+    if not _trains(driver):
+        return False
+    attempts.write_note(driver.folder / "stop.json", {"reason": "SIGTERM to the driver"})
+    return True
+
+
+def _trains(driver: Attempt) -> bool:
+    return bool((_alive(driver) or {}).get("training"))
+
+
+def _alive(driver: Attempt) -> dict[str, Any] | None:
+    """The last sign of life of the driver's group: group, beat, training; None where there was none."""
+    with contextlib.suppress(WatchtowerError):
+        group = attempts.read_record(driver.run_dir).get("group")
+        found = attempts.read_note(replace(driver, group=group).folder / "alive.json") if group else None
+        return found and {"group": group, **found}
+    return None
+
+
+def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
+    """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group."""
+    before = _alive(driver)
+    time.sleep(3 * LOOK_S)
+    after = _alive(driver)
+    if not after or after == before or not after["training"]:
+        return  # the first group, or one that is dead
+    attempts.write_note(replace(driver, group=after["group"]).folder / "stop.json",
+                        {"reason": "the cluster has another size"})
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and not outcome.exists():
+        time.sleep(LOOK_S)
+
+
+@contextmanager
+def _watched_group(config: Config, driver: Attempt) -> Iterator[None]:
+    """While the block runs: a group's signs of life count as the driver's own moves, and a driver that has waited
+    `train.wait_s` for one ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        last, since = None, time.monotonic()
+        while not over.wait(LOOK_S):
+            beat = _alive(driver)
+            moved("the training workers", in_step=False)
+            if beat is not None and beat != last:
+                last, since = beat, time.monotonic()
+            elif time.monotonic() - since > config.train.wait_s:
+                interrupt(WatchtowerError(_missing(config)))
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchtower-group")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _missing(config: Config) -> str:
+    """What the cluster lacks for a group."""
+    import ray
+
+    from launch.local_ray import worker_limits
+
+    least, _ = worker_limits(config)
+    nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
+    each = "a CPU and a GPU" if config.train.device == "cuda" else "a CPU"
+    return (f"for {config.train.wait_s:g} s (train.wait_s) no group of training workers could start: train.workers "
+            f"asks for at least {least}, each with {each}; the cluster has {len(nodes)} nodes with "
+            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all. Add nodes, ask for fewer workers, "
+            "or wait longer; the same command goes on from the last checkpoint")
+
+
+def _first_cause(driver: Attempt) -> str | None:
+    """What the first worker of the newest group that failed has left."""
+    for number in sorted((int(path.name) for path in driver.folder.parent.iterdir() if path.name.isdecimal()),
+                         reverse=True):
+        if number <= driver.driver:
+            return None
+        failed = attempts.read_note(driver.folder.parent / str(number) / "failed.json")
+        if failed is not None:
+            return f"{failed.get('who')}, at {failed.get('at')}: {failed.get('error')}"
+    return None
 
 
 def _outcome(run_dir: Path, work: str) -> Path:
@@ -123,11 +269,13 @@ def wants_gpu(config: Config) -> bool:
     """
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.train.device == "cuda" and gpus < config.train.workers:
-        raise InputError(f"train.device is cuda with train.workers={config.train.workers}, but the cluster has {gpus} "
+    from launch.local_ray import worker_limits
+
+    gpus, (least, _) = int(ray.cluster_resources().get("GPU", 0)), worker_limits(config)
+    if config.train.device == "cuda" and gpus < least:
+        raise InputError(f"train.device is cuda with train.workers={least}, but the cluster has {gpus} "
                          "GPUs; lower train.workers or set train.device=cpu")
-    return config.train.device == "cuda" or (config.train.device == "auto" and gpus >= config.train.workers)
+    return config.train.device == "cuda" or (config.train.device == "auto" and gpus >= least)
 
 
 def _told(outcome: Path) -> WatchtowerError | None:
@@ -176,29 +324,98 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from trainer.workers import Stopped, limit_collectives
+
     torch.set_num_threads(settings["threads"])
     config = Config.model_validate(settings["config"])
-    rank = ray.train.get_context().get_world_rank()
-    try:
-        result = _WORK[settings["work"]](config, run_dir)
-    except WatchtowerError as error:
-        _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, rank)
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = f"{run_dir}: the disk is full; make room and run again, it goes on from the last checkpoint"
-            _write_outcome(outcome, {"error": "InputError", "message": full}, rank)
-        raise
-    if rank == 0:
-        _write_outcome(outcome, {"result": result}, rank)
-    ray.train.report({"done": True})
+    limit_collectives(config.train.timeout_s)
+    workers = _workers()
+    attempt = _begin(workers, Attempt(run_dir, settings["driver"]), outcome, settings["work"])
+
+    def tell(error: WatchtowerError) -> None:
+        _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, workers.rank)
+
+    with acting(attempt), Watch(attempt, f"rank-{workers.rank}", config.train.watchdog_s, asked=_asked_to_stop(attempt),
+                                wish=workers.stop.ask, beats=workers.first, hard=True, on_stuck=tell) as watch:
+        try:
+            result = _WORK[settings["work"]](config, run_dir, workers)
+        except Stopped as stopped:
+            if workers.first:
+                _write_outcome(outcome, {"stopped": stopped.reason, "step": stopped.step}, workers.rank)
+            return
+        except Superseded as error:
+            watch.fail(error)
+            raise
+        except WatchtowerError as error:
+            tell(error)
+            watch.fail(error)
+            raise
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                tell(InputError(f"{run_dir}: the disk is full; make room and run again, it goes on from the last "
+                                "checkpoint"))
+            watch.fail(error)
+            raise
+        if workers.first:
+            _write_outcome(outcome, {"result": result}, workers.rank)
+        ray.train.report({"done": True})
+
+
+def _begin(workers: Workers, driver: Attempt, outcome: Path, work: str) -> Attempt:
+    """The attempt of this group of workers, the same on all of them. Collective."""
+    def begin() -> int:
+        number = attempts.begin_group(driver, work).group
+        outcome.unlink(missing_ok=True)  # of a group that saved and ended, whose place this one takes
+        return number
+
+    return replace(driver, group=workers.agree(workers.on_first(begin)))
+
+
+_signals: list[str] = []
+
+
+def _hear_sigterm() -> None:
+    """A SIGTERM to this worker becomes a wish to stop while it trains, and what it was before at any other time."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def hear(number: int, frame: Any) -> None:
+        if PROGRESS.training and not _signals:
+            _signals.append("SIGTERM to a worker")
+        elif callable(before):
+            before(number, frame)
+        else:
+            os._exit(TERMINATED)
+
+    _signals.clear()
+    signal.signal(signal.SIGTERM, hear)
+
+
+def _asked_to_stop(attempt: Attempt) -> Callable[[], str | None]:
+    """Why this worker shall save and end: a signal, Ray takes its node away, or a note for the driver or the group."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    context, notes = get_train_context(), [attempt.of_driver.folder / "stop.json", attempt.folder / "stop.json"]
+
+    def asked() -> str | None:
+        if _signals:
+            return _signals[0]
+        if context.preemption_context.preemption_info is not None:
+            return "a node is taken away"
+        return next((str(found.get("reason")) for note in notes if (found := attempts.read_note(note))), None)
+
+    return asked
 
 
 def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
+    """What the driver reads; a group that was cut off leaves it to its successor."""
     outcome.parent.mkdir(parents=True, exist_ok=True)
     beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
     beside.write_text(json.dumps(redacted(told)))
-    beside.replace(outcome)
+    try:
+        with attempts.publishing():
+            beside.replace(outcome)
+    except Superseded:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -219,7 +436,7 @@ def _event_log(run_dir: Path, first: bool) -> Iterator[Callable[..., None]]:
             events.close()
 
 
-def _workers():
+def _workers() -> Workers:
     import ray.train.torch
 
     from trainer.workers import Workers
@@ -234,14 +451,13 @@ def _spent(workers, began: datetime.datetime, rows: int) -> dict[str, Any]:
             "workers_s": (datetime.datetime.now(datetime.UTC) - began).total_seconds()}
 
 
-def _train_and_judge(config: Config, run_dir: Path) -> dict[str, Any]:
+def _train_and_judge(config: Config, run_dir: Path, workers: Workers) -> dict[str, Any]:
     from trainer.ceiling import write_ceiling
     from trainer.crm_data import CrmData
     from trainer.crm_task import CrmTask, fingerprint
     from trainer.evaluate import evaluate_model, evaluate_popular
     from trainer.loop import train
 
-    workers = _workers()
     data = CrmData(config, run_dir)
 
     def judged(model: str, seed: int, of: str | None = None) -> bool:
@@ -270,7 +486,7 @@ def _train_and_judge(config: Config, run_dir: Path) -> dict[str, Any]:
     return _spent(workers, began, rows)
 
 
-def _train_channel_embedding(config: Config, run_dir: Path) -> dict[str, Any]:
+def _train_channel_embedding(config: Config, run_dir: Path, workers: Workers) -> dict[str, Any]:
     from configs.schema import ModelConfig
     from trainer.channels import watermarks
     from trainer.crm_data import CrmData
@@ -278,7 +494,7 @@ def _train_channel_embedding(config: Config, run_dir: Path) -> dict[str, Any]:
     from trainer.loop import train
     from trainer.sequences import SequenceStore
 
-    workers, channel = _workers(), config.channels.embedding
+    channel = config.channels.embedding
     marks = watermarks(config, SequenceStore(run_dir / "sequences").manifest)
     data = CrmData(config, run_dir, slices=list(zip([None, *marks[:-1]], marks, strict=True)))
     model = ModelConfig(name=CHANNEL_EMBEDDING, tower=channel.tower, condition="none", epochs=channel.epochs)
@@ -305,14 +521,13 @@ def _only_indexes(run_dir: Path, folder: Path, indexes: list[Any]) -> None:
             shutil.rmtree(snapshot.path)
 
 
-def _train_routers(config: Config, run_dir: Path) -> dict[str, Any]:
+def _train_routers(config: Config, run_dir: Path, workers: Workers) -> dict[str, Any]:
     from trainer.item_value import fit_item_value
     from trainer.loop import train
     from trainer.router_data import RouterData
     from trainer.router_task import RouterTask, is_scored, score_requests
     from trainer.triggers import is_validation_user
 
-    workers = _workers()
     # Routers of all features read it, and so do selectors and the joint assignment of the routing stage.
     workers.on_first(lambda: fit_item_value(config, run_dir, lambda user_ids: ~is_validation_user(user_ids, config)))
     data = RouterData(config, run_dir)

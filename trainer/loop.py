@@ -37,7 +37,8 @@ from trainer.checkpoint import CheckpointSaver
 from trainer.engine import DenseEngine, EngineSpec
 from trainer.events import memory_mib
 from trainer.results import write_whole
-from trainer.workers import Workers
+from trainer.watchdog import moved, training
+from trainer.workers import Stopped, Workers
 
 RESULTS = "results.json"
 STEP_PARTS = ("forward", "loss_mean", "backward", "optimizer")
@@ -239,11 +240,13 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
     Raises:
         WatchtowerError: loss or gradient not finite; the message names the batch.
         QualityGateError: what follows an epoch below its gate.
+        Stopped: a worker was asked to end (`workers.stop`); a checkpoint of the step is there.
     """
     plans = task.plans()
     running, position = _start(task, plans, workers, write)
     is_trained = position.epoch == len(plans)
     try:
+        training(True)
         task.start(workers, write)
         _begin_again(running, position)
         while position.epoch < len(plans) and not _out_of_patience(running, position):
@@ -251,10 +254,12 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
             position.epoch, position.step = position.epoch + 1, 0
             facts = _follow_up(running, position)
             _save(running, position, settled=running.begun - 1, pending=Pending(facts, {}))
+            _stop_if_agreed(running, position)
         running.saver.wait()
         _settle(running, running.begun)
         _keep_results(running, len(plans))
     finally:
+        training(False)
         running.saver.close()
         running.engine.close()
         task.close()
@@ -371,9 +376,24 @@ def _train_epoch(running: _Running, plan: Plan, position: Position) -> None:
         position.step += 1
         position.global_step += 1
         log.step(loss)
+        moved(f"step {position.global_step} of {running.name}", in_step=True)
+        if workers.stop.agreed and position.step < plan.steps:  # the end of an epoch is saved as one
+            _save_amid(running, position)
+            _stop_if_agreed(running, position)
         every = train.checkpoint_every_steps
         if every and position.global_step % every == 0 and position.step < plan.steps:
             _save_amid(running, position)
+
+
+def _stop_if_agreed(running: _Running, position: Position) -> None:
+    """Ends training on all workers if one of them was asked to stop, once the checkpoint of this position stands."""
+    workers = running.workers
+    if not workers.stop.agreed:
+        return
+    running.saver.wait()
+    reason = workers.stop_reason()
+    running.write("stop", model=running.name, epoch=position.epoch + 1, step=position.global_step, reason=reason)
+    raise Stopped(reason, position.global_step)
 
 
 def _looked_up(running: _Running, batches) -> Iterator[tuple[Batch, Lookup, Lookup | None]]:
@@ -454,8 +474,10 @@ def _judging(engine: DenseEngine):
 
 def _follow_up(running: _Running, position: Position) -> Mapping[str, Any]:
     """Begins what follows the epoch that has just ended, from the towers as they are; the facts of it. Collective."""
+    moved(f"epoch {position.epoch} of {running.name}", in_step=False)
     with _judging(running.engine):
         facts = running.task.after_epoch(running.forward, position)
+    moved(f"what follows epoch {position.epoch} of {running.name}", in_step=False)
     running.begun += 1
     return facts
 
@@ -473,18 +495,17 @@ def _begin_again(running: _Running, position: Position) -> None:
 
 def _settle(running: _Running, count: int) -> None:
     """Waits for what follows the first `count` epochs and makes the results known to all workers."""
-    task, found, error, cause = running.task, [], None, None
-    if running.workers.first:
+    task = running.task
+
+    def results() -> list[Result]:
         try:
-            found = task.results(count - running.resumed)
-        except WatchtowerError as failed:
-            error = failed
-        except Exception as failed:  # all workers must hear of it, whatever it is: they would wait for this one
-            error, cause = WatchtowerError(f"{running.name}: the {task.what_fails}: {failed!r}"), failed
-    try:
-        running.workers.raise_together(error)
-    except WatchtowerError as told:
-        raise told from cause
+            return task.results(count - running.resumed)
+        except WatchtowerError:
+            raise
+        except Exception as failed:
+            raise WatchtowerError(f"{running.name}: the {task.what_fails}: {failed!r}") from failed
+
+    found = running.workers.on_first(results) or []
     found = running.workers.agree([result.as_json() for result in found])
     running.results = running.results[:running.resumed] + [task.result_type(**result) for result in found]
 
@@ -510,6 +531,7 @@ def _save(running: _Running, position: Position, settled: int, pending: Pending 
     also = [] if running.best is None else [running.best.step]
     if pending is not None:  # it may turn out the best one
         also.append(pending.facts["step"])
+    moved(f"saving step {step} of {running.name}", in_step=False)
     running.saver.save(
         running.tables, running.engine, state, {} if pending is None else pending.arrays,
         also={task.folder / f"step-{kept}" for kept in also},

@@ -29,6 +29,7 @@ from embeddings.snapshots import publish, verify
 from trainer.batches import Collation, ItemFeatures
 from trainer.metrics import retrieval_metrics
 from trainer.requests import Requests
+from trainer.watchdog import moved
 from trainer.workers import Workers
 
 CHOOSES_AT = 100
@@ -53,6 +54,7 @@ def encode_items(encode: Encode, features: ItemFeatures, row_N: np.ndarray, work
         # A worker whose share has run out still takes part in the lookups.
         asked = rows if len(rows) else np.zeros(1, np.int64)
         parts.append(encode("items", features.take(asked).to(workers.device))[:len(rows)])
+        moved(f"items {number + 1}/{batches}", in_step=False)
     gathered = workers.gather_rows(torch.cat(parts))
     return None if gathered is None else gathered.cpu().numpy()
 
@@ -74,6 +76,7 @@ def encode_requests(encode: Encode, collation: Collation, features: ItemFeatures
                                         end_Q, requests.time_ms_Q[asked], condition_Q[asked],
                                         requests.ordinal_Q[asked])
         parts.append(encode("users", batch.to(workers.device))[:len(q)])
+        moved(f"requests {number + 1}", in_step=False)
     gathered = workers.gather_rows(torch.cat(parts))
     return None if gathered is None else gathered.cpu().numpy()
 

@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from configs.errors import InputError, WatchtowerError
 from configs.loader import config_hash
 from configs.schema import Config, ModelConfig, bayes_name
+from embeddings.attempts import publishing
 from embeddings.snapshots import publish
 from embeddings.untrusted import read_json, read_parquet
 from trainer.checks import crm_checks
@@ -169,7 +170,11 @@ def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Puts a text file in its place in one step; what stood there stays until then."""
+    """Puts a text file in its place in one step; what stood there stays until then.
+
+    Raises:
+        Superseded: this process acts for an attempt that was cut off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -177,7 +182,8 @@ def write_whole(path: Path, text: str) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        with publishing():
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     return path

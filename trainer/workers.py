@@ -5,8 +5,10 @@ Who starts the processes (Ray Train, a test) is not known here. With one worker 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,15 +16,52 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import WatchtowerError
+from trainer.watchdog import moved
+
+SIGN_OF_LIFE_S = 5.0
+"""Seconds after which the others are told that what the first worker does alone goes on."""
+
+
+class Stopped(WatchtowerError):
+    """All workers have ended training at the same step because one of them was asked to. reason: why. step: the global
+    step of the checkpoint."""
+
+    def __init__(self, reason: str, step: int):
+        super().__init__(f"training was stopped at step {step}: {reason}")
+        self.reason, self.step = reason, step
+
+
+@dataclass
+class StopWish:
+    """That this worker was asked to stop, and what came of it. reason: why; None: it was not asked. agreed: all
+    workers know of it, and have known since the same step."""
+
+    reason: str | None = None
+    agreed: bool = False
+
+    def ask(self, reason: str) -> None:
+        """May be called on any thread; the first reason counts."""
+        self.reason = self.reason or reason
+
+
+def limit_collectives(timeout_s: float) -> None:
+    """Every collective fails after this many seconds: those of the group that is there, and those of the groups that
+    TorchRec and DeepSpeed make later, which otherwise take PyTorch's own 10 or 30 minutes."""
+    timeout = timedelta(seconds=timeout_s)
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among the workers. `device`: where its share of the model lives."""
+    """This process among the workers. `device`: where its share of the model lives. `stop`: asks them to end."""
 
     rank: int
     count: int
     device: torch.device
+    stop: StopWish = field(default_factory=StopWish, compare=False)
 
     @classmethod
     def joined(cls, device: torch.device) -> Workers:
@@ -37,6 +76,7 @@ class Workers:
     def barrier(self) -> None:
         if self.count > 1:
             dist.barrier()
+        moved()
 
     def agree(self, value: Any) -> Any:
         """The first worker's value, on all of them. Small Python values; they travel between our own processes."""
@@ -44,6 +84,7 @@ class Workers:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self._transfer)
+        moved()
         return box[0]
 
     def everybody(self, value: Any) -> list[Any]:
@@ -52,6 +93,7 @@ class Workers:
             return [value]
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
+        moved()
         return values
 
     def gather_rows(self, x_ND: Tensor) -> Tensor | None:
@@ -63,6 +105,7 @@ class Workers:
         padded[:len(x_ND)] = x_ND
         received = [torch.empty_like(padded) for _ in counts] if self.first else None
         dist.gather(padded, received, dst=0)
+        moved()
         if received is None:
             return None
         return torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)])
@@ -81,26 +124,71 @@ class Workers:
     def on_first(self, act: Callable[[], Any]) -> Any:
         """What `act` gives on the first worker, None on the others.
 
+        It may take longer than a collective may: it runs on a thread, and the others are told every few seconds that it
+        goes on.
+
         Raises:
-            WatchtowerError: what `act` raised, on every worker, so that nobody waits for the first one.
+            WatchtowerError: what `act` raised, on every worker, so that nobody waits for the first one; of an error
+                that is not ours, its text on the others.
         """
-        done, error = None, None
-        if self.first:
-            try:
-                done = act()
-            except WatchtowerError as failed:
-                error = failed
-        self.raise_together(error)
-        return done
+        if self.count == 1:
+            return act()
+        alone = _OnThread(act, self.device) if self.first else None
+        still, failed = True, None
+        while still:
+            still, failed = self.agree((alone.goes_on(SIGN_OF_LIFE_S), alone.failed) if alone is not None else None)
+            moved(in_step=False)
+        if failed is not None:
+            if alone is not None:
+                raise alone.error
+            kind, message = failed
+            raise kind(message)
+        return None if alone is None else alone.result
 
     def mean(self, loss: Tensor) -> float:
-        """The mean of a scalar over the workers; not finite as soon as one of them is not. One collective."""
-        mean = loss.detach().float().clone()
+        """The mean of a scalar over the workers; not finite as soon as one of them is not. One collective, which also
+        carries whether anybody was asked to stop: all of them see `stop.agreed` at the same call."""
+        told = torch.stack([loss.detach().float(), loss.new_tensor(self.stop.reason is not None, dtype=torch.float32)])
         if self.count > 1:
-            dist.all_reduce(mean)
-            mean /= self.count
-        return float(mean)
+            dist.all_reduce(told)
+            told[0] /= self.count
+        moved()
+        mean, asked = told.tolist()
+        self.stop.agreed = self.stop.agreed or asked > 0
+        return mean
+
+    def stop_reason(self) -> str:
+        """Why the workers stop, as the lowest rank that was asked knows it. Collective."""
+        return next(filter(None, self.everybody(self.stop.reason)), "asked to")
 
     @property
     def _transfer(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+
+class _OnThread:
+    """`act` on a thread of its own, as if it were called here."""
+
+    def __init__(self, act: Callable[[], Any], device: torch.device):
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.failed: tuple[type[WatchtowerError], str] | None = None
+        self._act, self._device, self._grad = act, device, torch.is_grad_enabled()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchtower-first")
+        self._thread.start()
+
+    def goes_on(self, wait_s: float) -> bool:
+        """Whether it is still at work after so many seconds."""
+        self._thread.join(wait_s)
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        torch.set_grad_enabled(self._grad)
+        try:
+            self.result = self._act()
+        except WatchtowerError as error:
+            self.error, self.failed = error, (type(error), str(error))
+        except BaseException as error:
+            self.error, self.failed = error, (WatchtowerError, f"the first worker failed: {error!r}")

@@ -1,0 +1,242 @@
+"""Attempts: who may publish into a run folder, where a process that was cut off may live on.
+
+Every driver of a run, and every group of training workers that it starts, is an attempt with a number of its own, which
+rises over the life of the folder:
+
+    attempts/record.json     {"last": 9, "driver": 7, "group": 9, "work": "crm", "host": .., "pid": .., "since": ..}
+    attempts/lock            held for an instant: alone by who begins an attempt, together by those who publish
+    attempts/9/              what attempt 9 was asked (stop.json) and what it left (failed.json, stacks-rank-0.txt)
+
+A driver owns the folder until another one begins; a group, until its driver ends it, another group begins, or another
+driver does. Whoever publishes looks right before the rename, under the lock, so that a successor cannot begin between
+the look and the rename. One that was cut off gets `Superseded` there and publishes nothing.
+
+A process acts for one attempt at a time (`acting`, `act_for`), all its threads with it; without one nothing is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import WatchtowerError
+
+FOLDER = "attempts"
+LOCK_WITHIN_S = 60.0
+
+
+class Superseded(WatchtowerError):
+    """A later attempt owns the run folder; this one must publish nothing more and end."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt at a run. driver: the driver's number. group: that of a group of training workers; None: the driver
+    itself, and the tasks that it spreads out."""
+
+    run_dir: Path
+    driver: int
+    group: int | None = None
+
+    @property
+    def number(self) -> int:
+        return self.driver if self.group is None else self.group
+
+    @property
+    def folder(self) -> Path:
+        """Where this attempt leaves what is not a result."""
+        return self.run_dir / FOLDER / str(self.number)
+
+    @property
+    def of_driver(self) -> Attempt:
+        return replace(self, group=None)
+
+    def check(self) -> None:
+        """Raise `Superseded` if a later attempt owns the run folder."""
+        record = read_record(self.run_dir)
+        if record.get("driver") != self.driver:
+            raise Superseded(f"{self.run_dir}: attempt {self.number} was cut off: driver {record.get('driver')} on "
+                             f"{record.get('host')} has taken the run over; nothing was published here")
+        if self.group is not None and record.get("group") != self.group:
+            successor = record.get("group")
+            what = f"group {successor} has taken its place" if successor else "its driver has ended the group"
+            raise Superseded(f"{self.run_dir}: attempt {self.number} was cut off: {what}; nothing was published here")
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Around a rename: this attempt owns the folder, and no other one can begin until the block ends.
+
+        Raises:
+            Superseded: it does not.
+        """
+        with _locked(self.run_dir, fcntl.LOCK_SH):
+            self.check()
+            yield
+
+
+_acting_for: Attempt | None = None
+
+
+def act_for(attempt: Attempt | None) -> Attempt | None:
+    """From now on this process acts for `attempt`; returns the one before."""
+    global _acting_for
+    before, _acting_for = _acting_for, attempt
+    return before
+
+
+def acts_for() -> Attempt | None:
+    """The attempt that this process acts for."""
+    return _acting_for
+
+
+@contextlib.contextmanager
+def acting(attempt: Attempt | None) -> Iterator[Attempt | None]:
+    before = act_for(attempt)
+    try:
+        yield attempt
+    finally:
+        act_for(before)
+
+
+@contextlib.contextmanager
+def publishing() -> Iterator[None]:
+    """`Attempt.publishing` of the attempt that this process acts for; nothing where it acts for none."""
+    if _acting_for is None:
+        yield
+        return
+    with _acting_for.publishing():
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------- the record
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """The record of attempts; empty where there is none yet.
+
+    Raises:
+        WatchtowerError: it is there and cannot be read: nobody can say who owns the folder.
+    """
+    path = Path(run_dir) / FOLDER / "record.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise WatchtowerError(f"{path}: cannot be read ({error}); nothing is published without it") from error
+    if not isinstance(found, dict):
+        raise WatchtowerError(f"{path}: damaged; nothing is published without it")
+    return found
+
+
+def begin_driver(run_dir: Path) -> Attempt:
+    """A new driver takes the run folder over from every attempt before it."""
+    run_dir = Path(run_dir).absolute()
+    with _locked(run_dir, fcntl.LOCK_EX):
+        try:
+            record = read_record(run_dir)
+        except WatchtowerError:  # half a disk's worth of power cuts: the folders say which numbers were given
+            record = {}
+        number = max([record.get("last") or 0, *_numbers(run_dir)]) + 1
+        _write_record(run_dir, {"last": number, "driver": number, "group": None, "work": None})
+        attempt = Attempt(run_dir, number)
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+    for before in _numbers(run_dir):
+        if before < number:
+            with contextlib.suppress(OSError):  # one that left something is kept
+                (run_dir / FOLDER / str(before)).rmdir()
+    return attempt
+
+
+def begin_group(driver: Attempt, work: str) -> Attempt:
+    """A new group of workers takes the place of the driver's groups before it.
+
+    Raises:
+        Superseded: the driver was cut off.
+    """
+    with _locked(driver.run_dir, fcntl.LOCK_EX):
+        driver.of_driver.check()
+        number = read_record(driver.run_dir)["last"] + 1
+        _write_record(driver.run_dir, {"last": number, "driver": driver.driver, "group": number, "work": work})
+        attempt = replace(driver, group=number)
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+    return attempt
+
+
+def end_groups(driver: Attempt) -> None:
+    """No group of this driver may publish any more. A driver that was cut off changes nothing."""
+    with contextlib.suppress(Superseded), _locked(driver.run_dir, fcntl.LOCK_EX):
+        driver.of_driver.check()
+        record = read_record(driver.run_dir)
+        if record.get("group") is not None:
+            _write_record(driver.run_dir, {**record, "group": None, "work": None})
+
+
+def _numbers(run_dir: Path) -> list[int]:
+    return [int(path.name) for path in (run_dir / FOLDER).iterdir() if path.name.isdecimal()]
+
+
+def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
+    path = run_dir / FOLDER / "record.json"
+    record = record | {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_note(path, record)
+
+
+def write_note(path: Path, note: dict[str, Any]) -> None:
+    """A small JSON file, whole at once; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(json.dumps(note) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What `write_note` wrote; None where there is nothing that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, how: int) -> Iterator[None]:
+    """The lock of the attempts. Where a file system has no locks, the record alone decides.
+
+    Raises:
+        WatchtowerError: somebody holds it for longer than any rename takes.
+    """
+    path = run_dir / FOLDER / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        deadline = time.monotonic() + LOCK_WITHIN_S
+        while True:
+            try:
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise WatchtowerError(
+                        f"{path}: another process has held it for {LOCK_WITHIN_S:.0f} s, where a rename takes an "
+                        "instant; it stands still, or its disk does. End it and run again") from None
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)

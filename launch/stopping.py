@@ -1,0 +1,74 @@
+"""What ends the driver of a run: signals, and threads that have seen that it cannot go on.
+
+SIGINT is Ctrl-C: the run ends at once, exit code 130. SIGTERM is what a scheduler sends before it takes a machine away:
+while a group of training workers is at work it is asked to save and end (`asking_first`), for as long as
+`train.grace_s`; a second SIGTERM, the end of that time, or no group, ends the run at once, exit code 143. In every case
+the driver ends as an exception ends it: locks and Ray's processes go, and nothing half-written is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+TERMINATED = 143
+
+_ask: Callable[[], bool] | None = None
+_grace_s = 0.0
+_asked = False
+_error: BaseException | None = None
+
+
+def end_on_sigterm() -> None:
+    """Put the handler in place, on the main thread; elsewhere nothing is done."""
+    global _asked, _error
+    if threading.current_thread() is threading.main_thread():
+        _asked, _error = False, None
+        signal.signal(signal.SIGTERM, _handle)
+
+
+def is_asked() -> bool:
+    """Whether a SIGTERM has come."""
+    return _asked
+
+
+@contextlib.contextmanager
+def asking_first(ask: Callable[[], bool], grace_s: float) -> Iterator[None]:
+    """While the block runs the first SIGTERM calls `ask`, on the main thread, and leaves the block `grace_s` seconds to
+    end by itself; if `ask` says that nobody will answer, the run ends at once."""
+    global _ask, _grace_s
+    before = _ask, _grace_s
+    _ask, _grace_s = ask, grace_s
+    try:
+        yield
+    finally:
+        _ask, _grace_s = before
+
+
+def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
+    """Raise this error on the main thread, from any other one. If it has not ended the process after so many seconds,
+    the process ends without it, exit code 1."""
+    global _error
+    _error = error
+    _later(patience_s, lambda: os._exit(1))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _handle(*_: object) -> None:
+    global _asked
+    if _error is not None:
+        raise _error
+    first, _asked = not _asked, True
+    if first and _ask is not None and _ask():
+        _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return
+    raise SystemExit(TERMINATED)
+
+
+def _later(seconds: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
