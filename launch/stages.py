@@ -34,7 +34,7 @@ from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
 from launch.run_folder import locked, make_run_folder
-from launch.stopping import interrupt
+from launch.stopping import TERMINATED, interrupt, is_asked
 from trainer.events import EventLog, follow, seconds_text
 from trainer.watchdog import Watch, moved
 
@@ -403,6 +403,8 @@ def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[st
             write_synthetic_world(config, run_dir)
         cluster = None
         for name in names:
+            if is_asked():  # a SIGTERM that came to a group which had no step left to stop at
+                raise SystemExit(TERMINATED)
             if STAGES[name].on_ray and cluster is None:
                 from launch.local_ray import start_ray
 

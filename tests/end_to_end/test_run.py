@@ -1,8 +1,9 @@
 """The real run made tiny: `watchtower run` as a user types it, CRM and CAPTS, on a synthetic world, Ray Train and two
 workers.
 
-Two runs of the same config: one is left alone, one loses a worker to SIGKILL in the middle of its training. Both must
-end with the same losses and the same evaluation of towers and routers, to the bit.
+Two runs of the same config: one is left alone; one loses a worker to SIGKILL in the middle of its training, and later
+its driver gets a SIGTERM, saves, ends, and is started again. Both must end with the same losses and the same evaluation
+of towers and routers, to the bit.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
+def finish(process: subprocess.Popen, timeout_s: float = 300, code: int = 0) -> str:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         raise
-    assert process.returncode == 0, output[-4000:]
+    assert process.returncode == code, output[-4000:]
     return output
 
 
@@ -161,19 +162,30 @@ def test_the_same_run_again_does_nothing(untouched):
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.parquet")} == before
 
 
-def test_a_worker_killed_in_training_changes_nothing(untouched, tmp_path):
+def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir)
+    process = start(run_dir, "train.grace_s=120")
     try:
         killed = _kill_a_worker(process.pid, run_dir)
+        resumed = _wait_for(process, lambda: list(read_events(run_dir / "events.jsonl", "resume")))
+        _wait_for(process, lambda: any(name.startswith("decision_transformer") for name, _ in losses(run_dir)))
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process, code=143)
+        (stop,) = read_events(run_dir / "events.jsonl", "stop")
+        assert "SIGTERM" in stop["reason"] and "run the same command again" in ended
+        assert not list(run_dir.rglob("*.writing")) and not list(run_dir.rglob("*.attempt-*.tmp"))
+        process = start(run_dir)
         output = finish(process)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.kill()
             process.wait(60)
     assert killed
-    resumed = list(read_events(run_dir / "events.jsonl", "resume"))
-    assert resumed and resumed[0]["global_step"] >= 4, output[-3000:]
+    assert resumed[0]["global_step"] >= 4, output[-3000:]
+    again = [e for e in read_events(run_dir / "events.jsonl", "resume") if e["model"] == stop["model"]]
+    assert [e["global_step"] for e in again] == [stop["step"]], "it goes on from the step at which it stopped"
+    drivers = {int(path.name) for path in (run_dir / "attempts").iterdir() if path.name.isdecimal()}
+    assert json.loads((run_dir / "attempts" / "record.json").read_text())["last"] >= max(drivers)
     assert losses(run_dir) == losses(untouched[0])
     assert {model for model, _ in losses(run_dir)} == {f"{name}/seed=0" for name in
                                                        ("dnn", "decision_transformer", "capts")}
@@ -185,6 +197,16 @@ def test_a_worker_killed_in_training_changes_nothing(untouched, tmp_path):
         assert pq.read_table(run_dir / path.relative_to(untouched[0])).equals(pq.read_table(path)), path
     mine, other = (json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, untouched[0]))
     assert mine["routing"] == other["routing"] and set(ROUTED) < set(other["routing"])
+
+
+def _wait_for(process: subprocess.Popen, seen, timeout_s: float = 200):
+    """What `seen` finds, as soon as it finds anything, while the run goes on."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        if found := seen():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"the run came to nothing (exit code {process.poll()})")
 
 
 def _kill_a_worker(driver: int, run_dir: Path, timeout_s: float = 200) -> bool:
