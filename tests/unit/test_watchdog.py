@@ -162,7 +162,8 @@ print("saved", flush=True)
     (("nobody", "60", "hangs"), 1, stopping.TERMINATED, "ready asked"),
 ])
 def test_sigterm_asks_first_and_ends_at_once_the_second_time(repository, words, signals, code, said):
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, *words], cwd=repository, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, *words], cwd=repository, stdout=subprocess.PIPE,
+                               text=True)
     heard = [process.stdout.readline().strip()]
     process.send_signal(signal.SIGTERM)
     heard.append(process.stdout.readline().strip())
