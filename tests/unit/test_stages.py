@@ -12,7 +12,15 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import load
 from configs.schema import Config
 from launch import stages
-from launch.local_ray import local_cpus, object_store_bytes, threads_per_worker, usable_cores, worker_environment
+from launch.local_ray import (
+    local_cpus,
+    local_workers,
+    object_store_bytes,
+    threads_per_worker,
+    usable_cores,
+    worker_environment,
+    worker_limits,
+)
 from launch.run_folder import LOCK_NAME, locked, make_run_folder
 from trainer.events import read_events
 
@@ -252,6 +260,20 @@ def test_a_small_machine_has_room_for_workers_and_data(monkeypatch):
     assert local_cpus(Config(ray={"cpus": 3}), cores=2) == 3
     assert (threads_per_worker(Config(), cores=2), threads_per_worker(Config(), cores=16)) == (1, 8)
     assert threads_per_worker(Config(train={"threads_per_worker": 3}), cores=2) == 3
+
+
+def test_workers_between_two_numbers(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = Config(train={"workers": {"min": 2, "max": 8}})
+    found = {cores: (local_workers(config, cores), local_cpus(config, cores), threads_per_worker(config, cores))
+             for cores in (1, 4, 64)}
+    assert found == {1: ((2, 2), 4, 1), 4: ((4, 4), 6, 1), 64: ((8, 8), 64, 8)}
+    on_cluster = config.model_copy(update={"ray": config.ray.model_copy(update={"address": "10.0.0.1:6379"})})
+    assert worker_limits(on_cluster) == (2, 8) and worker_limits(config) == local_workers(config)
+    assert (Config().train.least_workers, Config().train.most_workers) == (2, 2)
+    for mistake in ({"min": 3, "max": 2}, {"min": 1, "max": 65}):  # 64 rows in a batch
+        with pytest.raises(ValueError, match="above max|at least workers.max"):
+            Config(train={"workers": mistake})
     assert usable_cores() >= 1
     assert object_store_bytes() > 75 * 2**20  # Ray refuses less
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
