@@ -190,15 +190,16 @@ def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
     write_note(path, record)
 
 
-def write_note(path: Path, note: dict[str, Any]) -> None:
-    """A small JSON file, whole at once; its folder is made."""
+def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
+    """A small JSON file, whole at once; its folder is made. flush: it must outlast a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(json.dumps(note) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

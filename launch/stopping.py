@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -52,6 +53,9 @@ def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
     """Raise this error on the main thread, from any other one. If it has not ended the process after so many seconds,
     the process ends without it, exit code 1."""
     global _error
+    if signal.getsignal(signal.SIGTERM) is not _handle:  # nobody here would hear of it
+        print(f"watchtower: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     _error = error
     _later(patience_s, lambda: os._exit(1))
     os.kill(os.getpid(), signal.SIGTERM)

@@ -191,17 +191,21 @@ def _alive(driver: Attempt) -> dict[str, Any] | None:
 
 
 def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
-    """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group."""
-    before = _alive(driver)
-    time.sleep(3 * LOOK_S)
-    after = _alive(driver)
-    if not after or after == before or not after["training"]:
-        return  # the first group, or one that is dead
-    attempts.write_note(replace(driver, group=after["group"]).folder / "stop.json",
-                        {"reason": "the cluster has another size"})
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and not outcome.exists():
-        time.sleep(LOOK_S)
+    """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group. Of what goes
+    wrong here nothing follows: the group is ended, and the next one goes on from the checkpoint before."""
+    with contextlib.suppress(OSError):
+        before = _alive(driver)
+        if before is None:
+            return  # the first group
+        time.sleep(3 * LOOK_S)
+        after = _alive(driver)
+        if after is None or after == before or not after["training"]:
+            return  # it is dead, or has nothing to save
+        attempts.write_note(replace(driver, group=after["group"]).folder / "stop.json",
+                            {"reason": "the cluster has another size"})
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and not outcome.exists():
+            time.sleep(LOOK_S)
 
 
 @contextmanager
@@ -399,7 +403,8 @@ def _asked_to_stop(attempt: Attempt) -> Callable[[], str | None]:
     def asked() -> str | None:
         if _signals:
             return _signals[0]
-        if context.preemption_context.preemption_info is not None:
+        preempted = getattr(context, "preemption_context", None)
+        if preempted is not None and preempted.preemption_info is not None:
             return "a node is taken away"
         return next((str(found.get("reason")) for note in notes if (found := attempts.read_note(note))), None)
 

@@ -184,8 +184,7 @@ class Watch:
             return
         if self._beats:
             self._beat += 1
-            (self._folder / "alive.json").write_text(f'{{"beat": {self._beat}, "training": '
-                                                     f'{"true" if PROGRESS.training else "false"}}}\n')
+            write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training}, flush=False)
         signs = {sign.name: sign.read_bytes() for sign in self._folder.glob("at-work-*.json")}
         if signs != self._signs:
             self._signs = signs
