@@ -177,8 +177,9 @@ def test_sigterm_asks_first_and_ends_at_once_the_second_time(repository, words, 
 def test_a_thread_can_end_the_driver_with_its_error(repository):
     script = ("import threading\nfrom configs.errors import WatchtowerError\nfrom launch import stopping\n"
               "stopping.end_on_sigterm()\n"
-              "threading.Thread(target=lambda: stopping.interrupt(WatchtowerError('no room'))).start()\n"
-              "try:\n    threading.Event().wait(60)\nexcept WatchtowerError as error:\n    print(error)\n")
+              "thread = threading.Thread(target=lambda: stopping.interrupt(WatchtowerError('no room')))\n"
+              "try:\n    thread.start()\n    threading.Event().wait(60)\n"
+              "except WatchtowerError as error:\n    print(error)\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "no room"), done.stderr
 
