@@ -449,6 +449,12 @@ def _workers() -> Workers:
     return Workers.joined(ray.train.torch.get_device())
 
 
+def _number() -> int | None:
+    """The attempt that this process works for."""
+    attempt = attempts.acts_for()
+    return None if attempt is None else attempt.number
+
+
 def _spent(workers, began: datetime.datetime, rows: int) -> dict[str, Any]:
     from trainer.events import memory_mib
 
@@ -471,7 +477,7 @@ def _train_and_judge(config: Config, run_dir: Path, workers: Workers) -> dict[st
     rows = 0
     with _event_log(run_dir, workers.first) as write:
         began = datetime.datetime.now(datetime.UTC)
-        write("group", workers=workers.count, device=str(workers.device), training_targets=int(
+        write("group", attempt=_number(), workers=workers.count, device=str(workers.device), training_targets=int(
             data.statistics.views_N.sum()), validation_requests=len(data.validation), test_requests=len(data.test))
         summary = {"judged": _judgement(config)}
         if not len(data.test):
@@ -505,7 +511,7 @@ def _train_channel_embedding(config: Config, run_dir: Path, workers: Workers) ->
     model = ModelConfig(name=CHANNEL_EMBEDDING, tower=channel.tower, condition="none", epochs=channel.epochs)
     with _event_log(run_dir, workers.first) as write:
         began = datetime.datetime.now(datetime.UTC)
-        write("group", workers=workers.count, device=str(workers.device), slices=len(marks),
+        write("group", attempt=_number(), workers=workers.count, device=str(workers.device), slices=len(marks),
               training_targets=int(data.statistics.views_N.sum()))
         trained = train(CrmTask(data, model, channel.seed), workers, write)
         if workers.first:
@@ -540,8 +546,8 @@ def _train_routers(config: Config, run_dir: Path, workers: Workers) -> dict[str,
     rows = 0
     with _event_log(run_dir, workers.first) as write:
         began = datetime.datetime.now(datetime.UTC)
-        write("group", workers=workers.count, device=str(workers.device), training_requests=int(data.fit_counts.sum()),
-              validation_requests=int(data.validation_counts.sum()))
+        write("group", attempt=_number(), workers=workers.count, device=str(workers.device),
+              training_requests=int(data.fit_counts.sum()), validation_requests=int(data.validation_counts.sum()))
         for seed in config.seeds:
             for model in config.router.models:
                 task = RouterTask(data, model, seed)

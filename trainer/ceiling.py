@@ -55,6 +55,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError
 from configs.schema import Config, ModelConfig, ViewRule
+from embeddings.attempts import publishing
 from embeddings.untrusted import damaged, read_json, read_parquet
 from trainer.metrics import bootstrap_cis, paired_ci, retrieval_metrics
 from trainer.results import (
@@ -132,8 +133,9 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     beside.mkdir(parents=True)
     pq.write_table(pa.table(columns), beside / "queries.parquet")
     (beside / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with publishing():
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
     if reason is None:
         k = headline_length(data.config.evaluate.at)
         write("ceiling", requests=len(known.judged_J), seconds=summary["seconds"], **{
