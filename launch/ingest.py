@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from trainer import catalogue, kuairand_csv, logs, sequences
 from trainer.events import EventLog
 from trainer.logs import Piece, filesystem_of
 from trainer.vocabulary import Vocabulary
-from trainer.watchdog import at_work
+from trainer.watchdog import BUSY_OVER_S, at_work, moved
 
 FORMAT = 1  # of the sequences folder; another number ingests anew
 ROWS_PER_SHARD, LEAST_SHARDS = 2_000_000, 8
@@ -213,13 +213,40 @@ def _quiet_ray(by_sort: bool = False):
         context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _shuffles_move():
+            yield
     except Exception as error:
         raise _own_error(error) from None
     finally:
         for name, value in before.items():
             setattr(context, name, value)
         logger.setLevel(level)
+
+
+@contextmanager
+def _shuffles_move() -> Iterator[None]:
+    """While the block runs, whatever the cluster begins and ends counts as this driver's moves: between our own tasks
+    Ray Data moves rows about with tasks of its own, for as long as there are rows."""
+    import ray
+
+    over = threading.Event()
+
+    def watch() -> None:
+        before = None
+        while not over.wait(BUSY_OVER_S):
+            with suppress(Exception):  # a cluster that does not answer has not moved
+                now = ray.available_resources()
+                if now != before:
+                    before = now
+                    moved("the shuffle of the rows")
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchtower-shuffle")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _own_error(error: Exception) -> Exception:
