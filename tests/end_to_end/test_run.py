@@ -164,7 +164,9 @@ def test_the_same_run_again_does_nothing(untouched):
 
 def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir, "train.grace_s=120")
+    # A checkpoint a step: the worker is as good as always killed amid a save, and training lasts longer than a signal
+    # takes to arrive.
+    process = start(run_dir, "train.grace_s=120", "train.checkpoint_every_steps=1")
     try:
         killed = _kill_a_worker(process.pid, run_dir)
         resumed = _wait_for(process, lambda: list(read_events(run_dir / "events.jsonl", "resume")))
@@ -181,7 +183,7 @@ def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched
             process.kill()
             process.wait(60)
     assert killed
-    assert resumed[0]["global_step"] >= 4, output[-3000:]
+    assert resumed[0]["global_step"] >= 1, output[-3000:]
     again = [e for e in read_events(run_dir / "events.jsonl", "resume") if e["model"] == stop["model"]]
     assert [e["global_step"] for e in again] == [stop["step"]], "it goes on from the step at which it stopped"
     drivers = {int(path.name) for path in (run_dir / "attempts").iterdir() if path.name.isdecimal()}
