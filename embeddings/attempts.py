@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import WatchtowerError
+from configs.secrets import redacted
+from embeddings.untrusted import read_json
 
 FOLDER = "attempts"
 LOCK_WITHIN_S = 60.0
@@ -127,14 +129,11 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / FOLDER / "record.json"
     try:
-        found = json.loads(path.read_bytes())
+        return read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise WatchtowerError(f"{path}: cannot be read ({error}); nothing is published without it") from error
-    if not isinstance(found, dict):
-        raise WatchtowerError(f"{path}: damaged; nothing is published without it")
-    return found
 
 
 def begin_driver(run_dir: Path) -> Attempt:
@@ -196,7 +195,7 @@ def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(note) + "\n")
+            file.write(json.dumps(redacted(note)) + "\n")
             file.flush()
             if flush:
                 os.fsync(file.fileno())
@@ -208,10 +207,9 @@ def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
 def read_note(path: Path) -> dict[str, Any] | None:
     """What `write_note` wrote; None where there is nothing that can be read."""
     try:
-        found = json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 @contextlib.contextmanager

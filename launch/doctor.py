@@ -463,11 +463,16 @@ def before_run() -> None:
 
 def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
     """All findings about this machine and what the config names, as they are made."""
-    from launch.local_ray import usable_cores, usable_memory, wanted_object_store_bytes
+    from launch.local_ray import (
+        local_workers,
+        ray_address,
+        usable_cores,
+        usable_memory,
+        wanted_object_store_bytes,
+    )
 
     versions = installed_versions()
-    address = config.ray.address or os.environ.get("RAY_ADDRESS") or None
-    address = None if address == "local" else address
+    address = ray_address(config)
     yield from cheap_findings()
     yield from check_compiler({name: shutil.which(name) for name in ("g++", "ninja")})
     seen = _accelerator()
@@ -476,8 +481,8 @@ def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
     if address is None:
         shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
         yield from check_shared_memory(shm, wanted_object_store_bytes())
-        yield from check_cores(usable_cores(), config.train.workers)
-        yield from check_memory(usable_memory(), config.train.workers)
+        yield from check_cores(usable_cores(), local_workers(config)[1])
+        yield from check_memory(usable_memory(), local_workers(config)[1])
         yield from check_loopback()
     yield from check_writable(config.run_dir, "run_dir")
     yield from check_lock(config.run_dir)
@@ -495,7 +500,7 @@ def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
         reached = list(check_reachable(address))
         yield from reached
         if all(finding.level == "ok" for finding in reached):
-            yield from check_cluster(address, config.train.workers)
+            yield from check_cluster(address, config.train.least_workers)
     elif deep:
         yield from check_local_ray(config)
 

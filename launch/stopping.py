@@ -15,6 +15,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from configs.secrets import redact
+
 TERMINATED = 143
 
 _ask: Callable[[], bool] | None = None
@@ -54,7 +56,7 @@ def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
     the process ends without it, exit code 1."""
     global _error
     if signal.getsignal(signal.SIGTERM) is not _handle:  # nobody here would hear of it
-        print(f"watchtower: {error}", file=sys.stderr, flush=True)
+        print(redact(f"watchtower: {error}"), file=sys.stderr, flush=True)
         os._exit(1)
     _error = error
     _later(patience_s, lambda: os._exit(1))

@@ -28,6 +28,7 @@ from configs.secrets import redacted
 from embeddings import attempts
 from embeddings.attempts import Attempt, Superseded, acting
 from embeddings.untrusted import damaged, inside, read_json
+from launch.console import say
 from launch.stopping import TERMINATED, asking_first, interrupt, is_asked
 from trainer.watchdog import LOOK_S, PROGRESS, Watch, moved
 
@@ -109,12 +110,12 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
                 _fit(config, run_dir, work, driver)
         finally:
             attempts.end_groups(driver)
-        told = json.loads(outcome.read_text())
+        told = _read_outcome(outcome)
         if "result" in told:
             return told["result"]
         if is_asked():
             raise SystemExit(TERMINATED)
-        print(f"training stopped at step {told['step']} ({told['stopped']}); it goes on with another group", flush=True)
+        say(f"training stopped at step {told['step']} ({told['stopped']}); it goes on with another group")
 
 
 def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import WatchtowerError
+from configs.secrets import redact
 from embeddings.attempts import Attempt, Superseded, acting, read_note, write_note
 
 LOOK_S = 0.5
@@ -219,7 +220,7 @@ class Watch:
         self._over.set()
 
     def _leave_stacks(self, why: str) -> None:
-        text = f"{self.who}: {why}\nlast move: {PROGRESS.what}\n{stacks_of_all_threads()}"
+        text = redact(f"{self.who}: {why}\nlast move: {PROGRESS.what}\n{stacks_of_all_threads()}")
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
         if self._folder is not None:
@@ -228,7 +229,7 @@ class Watch:
 
     def _exit(self, error: WatchtowerError) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print(f"watchtower: {self.who}: {error}", file=sys.stderr, flush=True)
+            print(redact(f"watchtower: {self.who}: {error}"), file=sys.stderr, flush=True)
             sys.stdout.flush()
         os._exit(1)
 
