@@ -239,6 +239,17 @@ def as_of(parent: Path, time_ms: int, rollback_ms: int) -> Path | None:
     return seen[-1].path if seen else None
 
 
+def remove(folder: Path) -> None:
+    """Take a published folder away at once: a reader finds it whole or not at all, and so does the next process if
+    this one dies on the way."""
+    aside = folder.parent / f".{folder.name}.attempt-{uuid.uuid4().hex}.tmp"
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def clean_dead_attempts(parent: Path) -> list[Path]:
     """Remove what writers that died left half-written in `parent`; returns what was removed.
 

@@ -27,7 +27,7 @@ import numpy as np
 from configs.errors import QualityGateError, WatchtowerError
 from configs.schema import Config
 from embeddings.attempts import Attempt, acts_for
-from embeddings.snapshots import Snapshot, list_snapshots, read_manifest, verify
+from embeddings.snapshots import Snapshot, list_snapshots, read_manifest, remove, verify
 from trainer import item_statistics
 from trainer.channels import CHANNELS, Given, absent_channels, build_channel, made_from, present_channels, watermarks
 from trainer.co_views import CoViews
@@ -243,7 +243,7 @@ def _kept(work: Work, store: SequenceStore, names: Iterable[str], at: Sequence[i
                 if _is_whole(snapshot.path, wanted) and _meets_gate(work, store, snapshot, name):
                     kept.add((name, watermark_ms))
                     continue
-            shutil.rmtree(snapshot.path)
+            remove(snapshot.path)
     return kept
 
 
@@ -267,7 +267,7 @@ def _drop_channels(work: Work, absent: set[str]) -> None:
     """Remove what an absent channel published from other logs."""
     for name in absent & set(CHANNELS):
         for snapshot in list_snapshots(work.channels / name):
-            shutil.rmtree(snapshot.path)
+            remove(snapshot.path)
 
 
 def _summary(work: Work, names: list[str], at: list[int], absent: dict[str, str], kept: set[tuple[str, int]],

@@ -476,15 +476,15 @@ def _fingerprint(data: DataConfig, files) -> str:
 
 
 def _existing(target: Path, fingerprint: str) -> dict | None:
-    """The manifest of the sequences that are there, if they come from this input and are complete."""
+    """The manifest of the sequences that are there, if they come from this input and every file is as it was written.
+    """
     try:
         manifest = snapshots.read_manifest(target)
         if manifest.get("input", {}).get("fingerprint") != fingerprint:
             return None
-        whole = all((target / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+        return snapshots.verify(target)
     except (WatchtowerError, OSError):
         return None
-    return manifest if whole else None
 
 
 @contextmanager

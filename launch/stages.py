@@ -14,6 +14,7 @@ nothing else runs.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from configs.loader import changed_keys, config_hash, plain, require_logs, save_
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
 from configs.secrets import redacted
 from embeddings import attempts
+from embeddings.snapshots import remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
@@ -41,6 +44,8 @@ from trainer.watchdog import Watch, moved
 # Keys that say how a run is done; with other values the results are the same up to rounding.
 WHERE_THE_DATA_ARE = {"logs", "items", "users", "synth"}
 MISSING = "missing: "
+METRICS = "metrics.json"
+VERIFIED_AT_ONCE = 8  # threads that read published folders against their checksums
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Stage:
     """One stage: `call` names the function (module:function) that takes (config, run_dir) and returns None or a dict.
 
     Of the dict, `rows` (and `peak_mib`, if it is more than was seen here) are noted; the rest is kept with them.
-    needs: the stages whose results it reads, for a config.
+    needs: the stages whose results it reads, for a config. snapshots: patterns of the folders with a manifest that it
+    publishes and that later stages read.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Stage:
     outputs: tuple[str, ...]
     reads: Callable[[Config], dict[str, Any]]
     on_ray: bool
+    snapshots: tuple[str, ...] = ()
 
 
 def _without(section: Any, keys: Set[str]) -> dict[str, Any]:
@@ -133,16 +140,19 @@ def _always(*names: str) -> Callable[[Config], tuple[str, ...]]:
 
 
 STAGES = {stage.name: stage for stage in (
-    Stage("ingest", _always(), "launch.stages:ingest", ("sequences/manifest.json",), _reads_ingest, on_ray=True),
-    Stage("crm", _always("ingest"), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True),
+    Stage("ingest", _always(), "launch.stages:ingest", ("sequences/manifest.json",), _reads_ingest, on_ray=True,
+          snapshots=("sequences",)),
+    Stage("crm", _always("ingest"), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True,
+          snapshots=("evaluation/*/seed=*",)),
     Stage("evaluate", _always("ingest", "crm"), "launch.train:evaluate_crm", ("metrics.json",), _reads_evaluate,
           on_ray=True),
     Stage("channels", _always("ingest"), "launch.stages:channels", ("channels",), _reads_channels,
-          on_ray=True),
+          on_ray=True, snapshots=("channels/*/*",)),
     Stage("replay", _always("ingest", "channels"), "launch.replay:replay_labels", ("labels/manifest.json",),
-          _reads_replay, on_ray=True),
+          _reads_replay, on_ray=True, snapshots=("labels",)),
     Stage("router", lambda config: ("ingest", "channels", "replay", *(("crm",) if config.router.from_crm else ())),
-          "launch.train:train_router", ("evaluation/routing",), _reads_router, on_ray=True),
+          "launch.train:train_router", ("evaluation/routing",), _reads_router, on_ray=True,
+          snapshots=("item_value", "evaluation/routing/*/seed=*")),
     Stage("routing", _always("ingest", "channels", "replay", "router"), "launch.stages:routing",
           ("metrics.json", "evaluation/routing/metrics.json"), _reads_routing, on_ray=True),
     Stage("report", lambda config: tuple(sorted(judgements(set(config.stages)))), "launch.stages:report",
@@ -249,7 +259,54 @@ def is_done(run_dir: Path, stage: Stage, inputs: Inputs) -> bool:
 
 
 def _lost(run_dir: Path, stage: Stage) -> list[str]:
-    return [name for name in stage.outputs if not (run_dir / name).exists()]
+    """The outputs that are gone, or are not what the stage wrote."""
+    written = (marker(run_dir, stage.name) or {}).get("written") or {}
+    return [name for name in stage.outputs if not _is_as_written(run_dir, name, written.get(name))]
+
+
+def _is_as_written(run_dir: Path, name: str, digest: str | None) -> bool:
+    """Whether an output is there and what was written: by its digest, where one was noted; metrics.json, into which
+    later stages write too, by its own checksum."""
+    path = run_dir / name
+    if name == METRICS:
+        from trainer.results import is_whole
+
+        return is_whole(_read_json(path))
+    return path.exists() and (digest is None or _digest(path) == digest)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def drop_damaged(run_dir: Path, to_run: list[str], inputs: dict[str, Inputs]) -> list[str]:
+    """Removes damaged snapshots of the stages that are done and that the stages to run are going to read, with those
+    stages' markers: what they made is made anew, and nothing is computed from a flipped byte.
+
+    Returns:
+        What was found, in words.
+    """
+    read = {needed for name in to_run for needed in inputs[name].needs} - set(to_run)
+    found = []
+    for name in [name for name in STAGES if name in read]:
+        folders = [path for pattern in STAGES[name].snapshots for path in sorted(run_dir.glob(pattern))
+                   if not path.name.startswith(".") and path.is_dir()]
+        with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+            told = [why for why in pool.map(_damage, folders) if why is not None]
+        for folder, why in told:
+            remove(folder)
+            found.append(why)
+        if told:
+            (run_dir / "stages" / f"{name}.json").unlink(missing_ok=True)
+    return found
+
+
+def _damage(folder: Path) -> tuple[Path, str] | None:
+    try:
+        verify(folder)
+    except WatchtowerError as error:
+        return folder, str(error)
+    return None
 
 
 def why_again(run_dir: Path, stage: Stage, inputs: Inputs) -> str | None:
@@ -258,7 +315,7 @@ def why_again(run_dir: Path, stage: Stage, inputs: Inputs) -> str | None:
     if found is None:
         return None
     if found.get("inputs") == inputs.hash:
-        return f"{', '.join(_lost(run_dir, stage))} is gone"
+        return f"{', '.join(_lost(run_dir, stage))} is gone or damaged"
     before = _read_json(run_dir / "stages" / "inputs" / f"{stage.name}.json") or {}
     changed = changed_keys(before, inputs.reads)
     if not changed:
@@ -313,6 +370,9 @@ def run(config: Config, only: list[str] | None = None) -> Path:
     with _no_empty_folder(run_dir), locked(run_dir):
         inputs = stage_inputs(config, run_dir)
         to_run = stages_to_run(run_dir, asked, inputs)
+        while damaged := drop_damaged(run_dir, to_run, inputs):
+            print("\n".join(f"warning: {why}; it is made anew" for why in damaged), flush=True)
+            to_run = stages_to_run(run_dir, asked, inputs)
         _check_files(to_run, inputs)
         for name in asked:
             if name not in to_run:
@@ -377,6 +437,8 @@ def write_synthetic_world(config: Config, run_dir: Path) -> int:
     synth = plain(config.data.synth)
     spec = WorldSpec(**synth, tags_count=min(WorldSpec.tags_count, synth["items"]))
     folder = run_dir / "world"
+    for left in run_dir.glob(".world-*.tmp"):  # of a run that was killed; this one has the folder's lock
+        shutil.rmtree(left, ignore_errors=True)
     if (folder / "world.json").exists():
         try:
             same = read_spec(folder) == spec
@@ -437,6 +499,8 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
     lost = _lost(run_dir, stage)
     if lost:
         raise WatchtowerError(f"stage {stage.name} ended, but did not write {', '.join(lost)}")
+    noted["written"] = {name: _digest(run_dir / name) for name in stage.outputs
+                        if name != METRICS and (run_dir / name).is_file()}
     _write_json(run_dir / "stages" / "inputs" / f"{stage.name}.json", plain(inputs.reads))
     _write_json(run_dir / "stages" / f"{stage.name}.json", noted)
     _note_in_metrics(run_dir)
@@ -493,8 +557,10 @@ def _note_in_metrics(run_dir: Path) -> None:
     path = run_dir / "metrics.json"
     metrics = _read_json(path)
     if metrics is not None:
+        from trainer.results import write_metrics
+
         noted = {name: found for name in STAGES if (found := marker(run_dir, name))}
-        _write_json(path, {**metrics, "stages": {
+        write_metrics(run_dir, {**metrics, "stages": {
             name: {key: found.get(key) for key in ("seconds", "rows", "peak_mib")} for name, found in noted.items()}})
 
 

@@ -43,6 +43,7 @@ from trainer.metrics import bootstrap_cis, paired_ci
 
 QUERY_COLUMNS = ("query_id", "user_id", "timestamp_ms", "watch_time_s", "target_item_id")
 BASELINES = ("popular",)
+CHECKSUM = "sha256"
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "ray", "faiss-cpu", "faiss-gpu", "numpy",
             "pyarrow")
 
@@ -165,8 +166,22 @@ def assemble(run_dir: str | Path, config: Config) -> dict[str, Any]:
 
 
 def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
-    """Writes metrics.json beside its place and renames it there, so that no reader sees half of it."""
-    return write_whole(Path(run_dir) / "metrics.json", _json(plain(metrics)) + "\n")
+    """Writes metrics.json beside its place and renames it there, so that no reader sees half of it; its last key,
+    `sha256`, is a checksum of all others."""
+    said = {key: value for key, value in plain(metrics).items() if key != CHECKSUM}
+    return write_whole(Path(run_dir) / "metrics.json", _json(said | {CHECKSUM: _checksum(said)}) + "\n")
+
+
+def is_whole(metrics: Mapping[str, Any] | None) -> bool:
+    """Whether metrics.json, as it was read, is what was written; one of an earlier version has no checksum."""
+    if not isinstance(metrics, Mapping):
+        return False
+    said = {key: value for key, value in metrics.items() if key != CHECKSUM}
+    return metrics.get(CHECKSUM) in (None, _checksum(said))
+
+
+def _checksum(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> Path:
