@@ -12,14 +12,17 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 # The `timeout` ends a test whose workers wait for each other for ever.
 PYTEST := $(VENV)/bin/python -m pytest --timeout 600 --durations 10
 
-.PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-real-logs bench lint clean
+.PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-real-logs \
+	faults soak bench lint clean
 
 help:
 	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
-	@echo "make test              unit, fuzz, two-process and end-to-end tests; each also: test-unit, test-fuzz, .."
+	@echo "make test              unit, fuzz, two-process, end-to-end and fault tests; each also: test-unit, test-fuzz, .."
 	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
 	@echo "make fuzz              every reader against changed files, guided by coverage; SECONDS=60 of each, ONLY=config,logs"
+	@echo "make faults            100 seeded kills, a full disk, damaged files, a lost node: survived N of N (an hour or more)"
+	@echo "make soak              200 tiny epochs in one process tree: memory, files, threads, shared memory must be flat"
 	@echo "make bench             the training step against plain PyTorch, and two workers against one"
 	@echo "make lint              ruff and yamllint"
 	@echo "make clean             remove runs/ and caches; .venv stays"
@@ -38,7 +41,7 @@ smoke: $(STAMP)
 	$(VENV)/bin/watchtower run configs/smoke.yaml run_dir=runs/smoke
 
 test: $(STAMP)
-	$(PYTEST) tests/unit tests/fuzz tests/two_process tests/end_to_end $(ARGS)
+	$(PYTEST) tests/unit tests/fuzz tests/two_process tests/end_to_end tests/faults $(ARGS)
 
 test-unit: $(STAMP)
 	$(PYTEST) tests/unit $(ARGS)
@@ -60,8 +63,17 @@ test-two-process: $(STAMP)
 test-end-to-end: $(STAMP)
 	$(PYTEST) tests/end_to_end $(ARGS)
 
+test-faults: $(STAMP)
+	$(PYTEST) tests/faults $(ARGS)
+
 test-real-logs: $(STAMP)
 	$(PYTEST) tests/real_logs $(ARGS)
+
+faults: $(STAMP)
+	$(VENV)/bin/python tests/faults/survive.py $(ARGS)
+
+soak: $(STAMP)
+	$(VENV)/bin/python tests/faults/soak.py $(ARGS)
 
 bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/training_step.py --json benchmarks/results.json $(ARGS)

@@ -20,8 +20,9 @@ from reader import Reader
 from results import Results
 from tiny_run import POLL_S, STANDS_STILL_S, TinyRun, Watched, left_in
 
-ON_RAY = ("driver", "task", "raylet", "gcs", "everything")
-TRAINING = ("worker", "worker", "driver", "driver", "controller", "raylet", "gcs", "everything")
+ON_RAY = ("driver", "driver", "driver", "task", "task", "raylet", "everything", "gcs")
+TRAINING = ("worker", "worker", "worker", "worker", "driver", "driver", "driver", "controller", "everything", "raylet",
+            "gcs")
 EXPECTED_CODES = {0, 1, 2}  # of a run that lost a process other than the driver
 
 

@@ -11,9 +11,11 @@ from trainer.events import read_events
 
 PUBLISHED = ("world", "sequences", "quarantine", "checkpoints", "indexes", "evaluation", "channels", "labels",
              "item_value", "routing")
-# Times, sizes of processes, and when and from which commit: they differ between two runs that are the same.
+# Times, sizes of processes, when and from which commit, and what is hashed with the time of the logs' files in it: they
+# differ between two runs that are the same.
 OF_THE_CLOCK = {"seconds", "build_s", "train_s", "trained_s", "workers_s", "seconds_per_request", "peak_mib",
-                "created_at", "finished", "commit", "uncommitted_changes", "stages", "attempt"}
+                "created_at", "finished", "commit", "uncommitted_changes", "stages", "attempt",
+                "fingerprint", "input", "config", "sequences"}
 
 
 def without_clock(value: Any) -> Any:
@@ -61,7 +63,9 @@ class Results:
 
     def __init__(self, run_dir: Path):
         self.losses, self.wrong = losses(run_dir)
-        self.metrics = without_clock(json.loads((run_dir / "metrics.json").read_text()))
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        metrics.pop("sha256", None)
+        self.metrics = without_clock(metrics)
         self.files = published_files(run_dir)
         self.newest = {str(path.relative_to(run_dir)): max(int(one.name.removeprefix("step-"))
                                                            for one in path.glob("step-*"))
