@@ -426,26 +426,30 @@ def with_world(config: Config, run_dir: Path) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def write_synthetic_world(config: Config, run_dir: Path) -> int:
-    """Write the world that stands in for logs, unless it is there; another world in its place makes room.
+def write_synthetic_world(config: Config, run_dir: Path, check: bool = True) -> int:
+    """Write the world that stands in for logs, unless it is there; another or a damaged one in its place makes room.
+
+    Args:
+        check: read its files against their checksums.
 
     Returns:
         Its number of views.
     """
-    from trainer.world import WorldSpec, read_spec, write_world
+    from trainer.world import WorldSpec, is_whole, read_spec, write_world
 
     synth = plain(config.data.synth)
     spec = WorldSpec(**synth, tags_count=min(WorldSpec.tags_count, synth["items"]))
     folder = run_dir / "world"
     for left in run_dir.glob(".world-*.tmp"):  # of a run that was killed; this one has the folder's lock
         shutil.rmtree(left, ignore_errors=True)
-    if (folder / "world.json").exists():
+    if folder.exists():
         try:
-            same = read_spec(folder) == spec
+            same = read_spec(folder) == spec and (not check or is_whole(folder))
         except InputError:
             same = False
         if not same:
-            shutil.rmtree(folder)
+            aside = folder.rename(folder.with_name(f".world-{os.getpid()}.tmp"))
+            shutil.rmtree(aside, ignore_errors=True)
     return write_world(folder, spec).rows
 
 
@@ -462,7 +466,7 @@ def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[st
             if reason is not None:
                 log.write("stage", stage=name, status="again", why=reason)
         if _is_own_world(config) and names != ["report"]:
-            write_synthetic_world(config, run_dir)
+            write_synthetic_world(config, run_dir, check="ingest" in names)
         cluster = None
         for name in names:
             if is_asked():  # a SIGTERM that came to a group which had no step left to stop at

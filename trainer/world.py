@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -739,7 +740,8 @@ def write_world(folder: str | Path, spec: WorldSpec, *, processes: int | None = 
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
         partial.chmod(0o777 & ~_umask())
         rows, files = _write_parts(partial, spec, processes, rows_per_file, progress)
-        described = {"version": WORLD_VERSION, "spec": dataclasses.asdict(spec), "rows": rows, "files": files}
+        described = {"version": WORLD_VERSION, "spec": dataclasses.asdict(spec), "rows": rows, "files": files,
+                     "sha256": _digests(partial)}
         (partial / "world.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         try:
             os.rename(partial, folder)  # replaces an empty folder; fails where another writer was first
@@ -754,6 +756,23 @@ def write_world(folder: str | Path, spec: WorldSpec, *, processes: int | None = 
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return WorldSummary(folder, spec.users, spec.items, rows, files, written=True)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether every file of a written world is as it was written; of one without checksums that cannot be said."""
+    try:
+        wanted = _read_description(Path(folder))[1].get("sha256")
+        return wanted is None or wanted == _digests(Path(folder))
+    except (InputError, OSError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def read_spec(folder: str | Path) -> WorldSpec:

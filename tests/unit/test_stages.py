@@ -1,5 +1,7 @@
 """Stages: each runs when it is asked for or needed and not done for the same inputs, and never otherwise."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -11,6 +13,7 @@ import pytest
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import load
 from configs.schema import Config
+from embeddings.snapshots import publish
 from launch import stages
 from launch.local_ray import (
     local_cpus,
@@ -50,7 +53,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(stages, f"stand_in_{name}", stand_in(name), raising=False)
         monkeypatch.setitem(stages.STAGES, name, stages.Stage(
             name, stage.needs, f"launch.stages:stand_in_{name}", stage.outputs, stage.reads, on_ray=False))
-    monkeypatch.setattr(stages, "write_synthetic_world", lambda config, run_dir: None)
+    monkeypatch.setattr(stages, "write_synthetic_world", lambda config, run_dir, check: None)
     monkeypatch.setattr(stages, "show_results", lambda run_dir: None)
     run_dir = tmp_path / "run"
 
@@ -203,6 +206,11 @@ def test_the_world_takes_the_place_of_logs(tmp_path):
     smaller = Config(run_dir=str(tmp_path), data={"synth": {"users": 3, "items": 20, "views_per_user": 4}})
     stages.write_synthetic_world(smaller, tmp_path)
     assert json.loads((tmp_path / "world/world.json").read_text())["spec"]["users"] == 3
+    for path in sorted((tmp_path / "world").rglob("*.*")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        stages.write_synthetic_world(smaller, tmp_path)
+        assert path.read_bytes() == whole, path
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -282,3 +290,39 @@ def test_workers_between_two_numbers(monkeypatch):
     local, cluster = worker_environment(config, local=True), worker_environment(config, local=False)
     assert (local["GLOO_SOCKET_IFNAME"], local["DS_ACCELERATOR"], local["OMP_NUM_THREADS"]) == ("lo", "cpu", "7")
     assert "GLOO_SOCKET_IFNAME" not in cluster and "RAY_AUTH_MODE" not in cluster
+
+
+def test_what_the_checksum_of_metrics_does_not_fit_is_judged_again(folder):
+    folder()
+    path = folder.path / "metrics.json"
+    path.write_text(path.read_text().replace("0.4", "0.5"))
+    assert folder() == ["evaluate", "routing", "report"]
+    path.write_text(path.read_text()[:40])
+    assert folder() == ["evaluate", "routing", "report"]
+
+
+def test_an_output_that_was_changed_is_written_again(folder):
+    folder()
+    (folder.path / "evaluation" / "routing" / "metrics.json").write_text('{"a": 1}')
+    assert folder() == ["routing", "report"]
+    (folder.path / "report.html").write_text("half of")
+    assert folder() == ["report"]
+
+
+def test_a_damaged_snapshot_that_is_about_to_be_read_is_made_anew(folder, monkeypatch, capsys):
+    folder()
+    for name, patterns in {"ingest": ("sequences",), "channels": ("channels/*/*",)}.items():
+        monkeypatch.setitem(stages.STAGES, name, dataclasses.replace(stages.STAGES[name], snapshots=patterns))
+    whole = publish(folder.path / "channels" / "content" / "1", lambda at: (at / "a").write_text("whole"), {})
+    torn = publish(folder.path / "channels" / "swing" / "2", lambda at: (at / "a").write_text("whole"), {})
+    (torn / "a").write_text("whale")
+    (folder.path / "channels" / "swing" / "1" / "manifest.json").write_text('{"files": {}}')
+    (folder.path / "sequences" / "manifest.json").write_text('{"files": {}}')
+    note = folder.path / "stages" / "ingest.json"
+    digest = hashlib.sha256(b'{"files": {}}').hexdigest()
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"written": {"sequences/manifest.json": digest}}))
+    assert folder() == [], "nothing reads it"
+    assert folder("replay.tau_s=4") == [*CAPTS, "report"]
+    assert whole.exists() and not torn.exists()
+    assert f"warning: {torn / 'a'}: damaged snapshot, the content does not match its checksum; it is made anew" in (
+        capsys.readouterr().out)
