@@ -581,7 +581,7 @@ def _publish_quarantine(staging: Path, target: Path) -> None:
         snapshots.publish(target, lambda into: _move(staging / "quarantine", into),
                           {"kind": "quarantine", "rows": rows}, replace=True)
     elif target.exists():
-        shutil.rmtree(target)
+        snapshots.remove(target)
 
 
 def _check_rows(data: DataConfig, read: PieceSummary, statistics: dict, quarantine: Path) -> None:

@@ -12,6 +12,7 @@ measure (routing.test_requests bounds that).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -253,17 +254,20 @@ class PickFiles:
         return self.folder / f".{name}.parquet.tmp"
 
     def __exit__(self, failed, *_) -> None:
-        for name, writer in self.writers.items():
-            writer.close()
+        try:
+            for writer in self.writers.values():
+                with contextlib.nullcontext() if failed is None else contextlib.suppress(OSError):
+                    writer.close()  # on a disk that is full it fails again
             if failed is None:
-                with publishing():
-                    self._beside(name).replace(self.folder / f"{name}.parquet")
-            else:
-                self._beside(name).unlink(missing_ok=True)
-        if failed is None:  # of selectors that are not judged any more
-            for path in self.folder.glob("*.parquet"):
-                if path.stem not in self.writers:
-                    path.unlink()
+                for name in self.writers:
+                    with publishing():
+                        self._beside(name).replace(self.folder / f"{name}.parquet")
+                for path in self.folder.glob("*.parquet"):  # of selectors that are not judged any more
+                    if path.stem not in self.writers:
+                        path.unlink()
+        finally:
+            for left in self.folder.glob(".*.parquet.tmp"):
+                left.unlink(missing_ok=True)
 
 
 def _plain_columns(rows: pa.Table) -> pa.Table:

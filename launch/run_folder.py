@@ -11,6 +11,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, WatchtowerError
+from embeddings.snapshots import clean_dead_attempts
 
 LOCK_NAME = "run.lock"
+# Files and folders that are written beside their places, by every room: `.x.json.4711.tmp`, `crm.outcome.json.0.4711`.
+_BESIDE = re.compile(r".+\.tmp|.+\.outcome\.json\.\d+\.\d+", re.ASCII)
+_NOT_OURS = {"ray", "tensorboard", "world"}
 
 
 def make_run_folder(run_dir: str) -> Path:
@@ -39,6 +45,21 @@ def make_run_folder(run_dir: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"run_dir: {run_dir} cannot be written to; name another folder")
     return folder.absolute()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what runs that were killed left half-written anywhere in a run folder. Call it with the lock held."""
+    for place, names, files in os.walk(folder):
+        clean_dead_attempts(Path(place))  # these have locks of their own, which a worker that was cut off may hold
+        for name in files:
+            if _BESIDE.fullmatch(name):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(place, name))
+        for name in names:
+            if re.fullmatch(r".+\.\d+\.tmp", name, re.ASCII):
+                shutil.rmtree(os.path.join(place, name), ignore_errors=True)
+        names[:] = [name for name in names if not name.startswith(".") and not name.endswith(".tmp")
+                    and not (Path(place) == folder and name in _NOT_OURS)]
 
 
 def _started(pid: int) -> str | None:

@@ -36,7 +36,7 @@ from embeddings.snapshots import remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
-from launch.run_folder import locked, make_run_folder
+from launch.run_folder import locked, make_run_folder, sweep
 from launch.stopping import TERMINATED, interrupt, is_asked
 from trainer.events import EventLog, follow, seconds_text
 from trainer.watchdog import Watch, moved
@@ -368,6 +368,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
     require_logs(config)
     run_dir = make_run_folder(config.run_dir)
     with _no_empty_folder(run_dir), locked(run_dir):
+        sweep(run_dir)
         inputs = stage_inputs(config, run_dir)
         to_run = stages_to_run(run_dir, asked, inputs)
         while damaged := drop_damaged(run_dir, to_run, inputs):

@@ -11,6 +11,7 @@ from trainer.events import read_events
 
 PUBLISHED = ("world", "sequences", "quarantine", "checkpoints", "indexes", "evaluation", "channels", "labels",
              "item_value", "routing")
+PENDING = "pending.safetensors"
 # Times, sizes of processes, when and from which commit, and what is hashed with the time of the logs' files in it: they
 # differ between two runs that are the same.
 OF_THE_CLOCK = {"seconds", "build_s", "train_s", "trained_s", "workers_s", "seconds_per_request", "peak_mib",
@@ -63,6 +64,8 @@ class Results:
 
     def __init__(self, run_dir: Path):
         self.losses, self.wrong = losses(run_dir)
+        if not (run_dir / "report.html").read_text().rstrip().endswith("</html>"):
+            self.wrong.append("report.html has no end")
         metrics = json.loads((run_dir / "metrics.json").read_text())
         metrics.pop("sha256", None)
         self.metrics = without_clock(metrics)
@@ -89,9 +92,10 @@ class Results:
 
 
 def _by_chance(name: str, in_one_only: set[str]) -> bool:
-    """A checkpoint that falls due while an index is being built is left out: which of the middle ones are kept is a
-    matter of time, and only those that both runs have can be compared. The last one of a model both must have."""
-    return name.startswith("checkpoints/") and "/step-" in name and name in in_one_only
+    """Which of the middle checkpoints are kept, and what of an index was pending in them, is a matter of time: their
+    tensors are compared where both runs have them. The last one of a model both must have."""
+    of_checkpoint = name.startswith("checkpoints/") and "/step-" in name
+    return of_checkpoint and (name in in_one_only or name.endswith(("/state.json", "/manifest.json", "/" + PENDING)))
 
 
 def _differences(expected: Any, found: Any, where: str) -> list[str]:

@@ -24,7 +24,7 @@ from launch.local_ray import (
     worker_environment,
     worker_limits,
 )
-from launch.run_folder import LOCK_NAME, locked, make_run_folder
+from launch.run_folder import LOCK_NAME, locked, make_run_folder, sweep
 from trainer.events import read_events
 
 WRITES = {"ingest": ["sequences/manifest.json"], "crm": ["indexes/serving.json"], "evaluate": ["metrics.json"],
@@ -214,6 +214,19 @@ def test_the_world_takes_the_place_of_logs(tmp_path):
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
+
+def test_what_a_killed_run_left_half_written_is_swept_away(tmp_path):
+    kept = [tmp_path / name for name in ("stages/crm.outcome.json", "routing/capts.parquet", "ray/x.tmp", "a/b.json")]
+    gone = [tmp_path / name for name in (
+        "metrics.json.47.tmp", "stages/.crm.json.47.tmp", "evaluation/ceiling.47.tmp/q", "routing/.capts.parquet.tmp",
+        "stages/crm.outcome.json.0.47", f"channels/swing/.1.attempt-{'0' * 32}.tmp/neighbors.parquet")]
+    for path in kept + gone:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    sweep(tmp_path)
+    assert [path for path in kept if not path.exists()] == [path for path in gone if path.exists()] == []
+    assert not (tmp_path / "evaluation/ceiling.47.tmp").exists()
+
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
     with locked(tmp_path):
