@@ -16,6 +16,7 @@ What Ray and torch bind elsewhere all the same is named in SECURITY.md. A cluste
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -37,6 +38,7 @@ SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the ind
 TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
+DRIVER = "driver.lock"  # in a local Ray's folder, held by the driver
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,9 @@ def start_ray(config: Config) -> Iterator[Cluster]:
     address = ray_address(config)
     begin = time.perf_counter()
     variables = worker_environment(config, local=address is None)
-    folder = None
+    folder = held = None
     if address is None:
-        folder = Path(tempfile.mkdtemp(prefix="wt-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+        folder, held = _own_folder(Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()))
         variables["RAY_AUTH_TOKEN_PATH"] = str(write_token(folder))
     # A token in a variable would win over the file; on a cluster it is the cluster's.
     before = {name: os.environ.get(name) for name in (*variables, *(["RAY_AUTH_TOKEN"] if folder else []))}
@@ -192,6 +194,8 @@ def start_ray(config: Config) -> Iterator[Cluster]:
                 raise WatchtowerError(
                     f"ray.address: no Ray cluster can be reached at {address} ({_first_line(error)}); start one there, "
                     "or leave ray.address and RAY_ADDRESS out for a local one") from error
+            if folder is not None:
+                (folder / DRIVER).unlink(missing_ok=True)
             raise WatchtowerError(f"a local Ray did not start ({_first_line(error)}); its logs: {folder}") from error
         keep_logs = False
         try:
@@ -206,8 +210,12 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             raise
         finally:
             ray.shutdown()
-            if folder is not None and not keep_logs:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                if keep_logs:
+                    (folder / DRIVER).unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
     finally:
         if folder is not None:  # which stays where Ray's logs may tell what went wrong
             (folder / TOKEN).unlink(missing_ok=True)
@@ -243,6 +251,31 @@ def _tell_ray() -> None:
 
         RayConfig.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _own_folder(parent: Path) -> tuple[Path, int]:
+    """A fresh folder for a local Ray, and the open lock that tells that its driver lives; the folders of drivers that
+    were killed, which nobody needs, go."""
+    for left in parent.glob("wt-*"):
+        with contextlib.suppress(OSError):
+            if (left / DRIVER).stat().st_uid == os.getuid() and _is_free(left / DRIVER):
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="wt-", dir=parent))
+    lock = os.open(folder / f".{DRIVER}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(folder / f".{DRIVER}", folder / DRIVER)  # seen only once it is locked
+    return folder, lock
+
+
+def _is_free(path: Path) -> bool:
+    lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
 
 
 def _give_back_sigterm(handler: Any) -> None:
