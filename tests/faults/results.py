@@ -25,13 +25,14 @@ def without_clock(value: Any) -> Any:
     return [without_clock(inner) for inner in value] if isinstance(value, list) else value
 
 
-def losses(run_dir: Path) -> tuple[dict[tuple[str, int], float], list[str]]:
-    """Loss by model and step; and what is wrong with them: a step that was taken twice must come out the same."""
+def losses(run_dir: Path, within: float = 0.0) -> tuple[dict[tuple[str, int], float], list[str]]:
+    """Loss by model and step; and what is wrong with them: a step that was taken twice must come out the same, or
+    `within` so much where another number of workers may have taken it."""
     found: dict[tuple[str, int], float] = {}
     wrong = []
     for event in read_events(run_dir / "events.jsonl", "train_step"):
         key = (event["model"], event["step"])
-        if found.setdefault(key, event["loss"]) != event["loss"]:
+        if abs(found.setdefault(key, event["loss"]) - event["loss"]) > within:
             wrong.append(f"loss of {key[0]} at step {key[1]}: {found[key]!r}, taken again {event['loss']!r}")
     return found, wrong
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -12,15 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from kills import Outcome
 from reader import Reader
-from results import Results
+from results import Results, losses
 from tiny_run import POLL_S, Started, TinyRun, Watched, left_in
 
 HERE = Path(__file__).resolve().parent
 SLOW_S, AWAY_S = 15.0, 3.0
 COMES_WITHIN_S = 600.0
 STARTS = 6
+WITHIN = 1e-5  # of a loss, with another number of workers
 
 
 def can_mount() -> str | None:
@@ -182,6 +185,28 @@ def raising_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
     return outcome
 
 
+def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
+    """One worker stops for ever: the watchdog ends the run with exit code 1, and the next start goes on."""
+    limits = ("train.timeout_s=45", "train.watchdog_s=90", "train.max_restarts=0")
+    with _case(run_dir, name) as outcome:
+        run, outcome.starts = TinyRun(run_dir, *limits), 1
+        outcome.where.append(f"stopped for ever at {_comes(run, run_dir, _training(2)).last}")
+        worker = run.victims("worker")[-1]
+        worker.send_signal(signal.SIGSTOP)
+        outcome.counted = 1
+        try:
+            code = run.wait()
+        finally:
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
+        outcome.where.append(f"exit {code}: {_message(run)}")
+        outcome.wrong += [f"still there: {one}" for one in run.left()]
+        if code != 1 or "Traceback (most recent call last)" in run.output:
+            outcome.wrong.append(f"exit code {code} for 1: {run.output[-700:]}")
+        ends_like(run_dir, reference, outcome, lambda: TinyRun(run_dir))
+    return outcome
+
+
 # ----------------------------------------------------------------------------------------------------------- the nodes
 
 @contextmanager
@@ -229,3 +254,34 @@ def lost_node(run_dir: Path, reference: Results, name: str, overrides: tuple[str
         tell("add")
         ends_like(run_dir, reference, outcome, start, run)
     return outcome
+
+
+def elastic_nodes(run_dir: Path, reference: Results, name: str) -> Outcome:
+    """train.workers: {min: 1, max: 2} on two nodes, on the one that is left, and on two again: the same steps, each
+    loss within 1e-5 of the untouched run's, in which there were two all along."""
+    overrides = ("train.workers={min: 1, max: 2}", "stages=[ingest,crm]")
+    with _nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as (address, tell), _case(run_dir, name) as outcome:
+        environment = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "lo"}
+        run, outcome.starts = TinyRun(run_dir, *overrides, environment=environment), 1
+        outcome.where.append(f"two, one is lost at {_comes(run, run_dir, _training(4)).last}")
+        tell("lose")
+        outcome.counted = 1
+        watched = _comes(run, run_dir, lambda watched: _group(watched) == 1 and watched.last.startswith("resume"))
+        outcome.where.append("one goes on")
+        tell("add")
+        code = run.wait()
+        watched.read()
+        outcome.where.append(f"ends with {_group(watched)}")
+        outcome.wrong += [f"still there: {one}" for one in run.left()]
+        if code:
+            outcome.wrong.append(f"exit code {code}: {run.output[-700:]}")
+        found, twice = losses(run_dir, WITHIN)
+        expected = {key: loss for key, loss in reference.losses.items() if not key[0].startswith("capts")}
+        outcome.wrong += twice + [f"loss of {key}: {found.get(key)} for {loss}" for key, loss in expected.items()
+                                  if abs(found.get(key, math.inf) - loss) > WITHIN]
+    return outcome
+
+
+def _group(watched: Watched) -> int | None:
+    """Workers of the newest group."""
+    return next((event["workers"] for event in reversed(watched.events) if event["event"] == "group"), None)

@@ -88,10 +88,11 @@ class Cases:
         return self._walks("terms", max(KILLS_A_WALK, self.kills // 10), signal.SIGTERM)
 
     def _nodes(self) -> list[Case]:
-        return [Case("nodes", surroundings.lost_node)]
+        return [Case("nodes-lost", surroundings.lost_node), Case("nodes-elastic", surroundings.elastic_nodes)]
 
     def _ranks(self) -> list[Case]:
-        return [Case("ranks-slow", surroundings.slow_rank), Case("ranks-raising", surroundings.raising_rank)]
+        return [Case("ranks-slow", surroundings.slow_rank), Case("ranks-raising", surroundings.raising_rank),
+                Case("ranks-hung", surroundings.hung_rank)]
 
     def _disk(self) -> list[Case] | str:
         needed = surroundings.room_of(self.reference_dir)
