@@ -23,6 +23,9 @@ FAMILY_EVERY_S = 0.2
 # A machine that is shared does in minutes what an idle one does in seconds: only a run that stands still is hung.
 STANDS_STILL_S = 420.0
 GONE_WITHIN_S = 90.0
+# Ray's own processes beside workers and tasks.
+OF_RAY = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher",
+          "SynchronizationActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester", "_StatsActor")
 
 _STARTED: list[Started] = []
 
@@ -68,8 +71,8 @@ class Started:
         with contextlib.suppress(psutil.Error):
             self.family.setdefault(process.pid, process.create_time())
             if process.name() == "raylet" and not self.ray_folders:
-                words = process.cmdline()
-                self.ray_folders |= {word.partition("=")[2] for word in words if word.startswith("--temp_dir=")}
+                self.ray_folders |= {word.partition("=")[2] for word in process.cmdline()
+                                     if word.startswith("--temp-dir=")}
 
     def _look(self) -> list[psutil.Process]:
         with self._family_lock, contextlib.suppress(psutil.Error):
@@ -175,7 +178,7 @@ def _kind_of(process: psutil.Process) -> str | None:
             return "worker"
         if "TrainController" in words:
             return "controller"
-        if words.startswith("ray::") and not words.startswith("ray::IDLE"):
+        if words.startswith("ray::") and not words.removeprefix("ray::").startswith(OF_RAY):
             return "task"
     return None
 
