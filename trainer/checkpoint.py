@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError, WatchtowerError
-from embeddings.snapshots import publish, says_disk_full, verify
+from embeddings.snapshots import publish, remove, says_disk_full, verify
 from embeddings.table_state import TableState, capture_state, load_tables, write_state
 from embeddings.tables import ShardedTables
 from embeddings.untrusted import read_json
@@ -308,4 +308,4 @@ def prune(parent: Path, keep_newest: int, also: Set[Path], *, until: int) -> Non
     found = [path for path in checkpoints(parent) if _step_of(path) <= until]
     for path in found[:-keep_newest]:
         if path not in also:
-            shutil.rmtree(path)
+            remove(path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from configs.errors import WatchtowerError
 from configs.schema import Config
-from embeddings.snapshots import verify
+from embeddings.snapshots import remove, verify
 from embeddings.tables import Lookup, ShardedTables
 from embeddings.untrusted import read_json
 from trainer import checkpoint
@@ -354,7 +353,7 @@ def _newest_checkpoint(task: Task, workers: Workers, write: Write):
             if state.get("fingerprint") == expected:
                 return path, _with_results(task, state)
             write("warning", model=task.name, message=f"{path.name} is of another config or other logs; it is deleted")
-            shutil.rmtree(path)
+            remove(path)
         if damaged:
             write("warning", model=task.name, message=f"no checkpoint in {task.folder} is whole; training starts from "
                                                       "nothing")
