@@ -32,7 +32,7 @@ from configs.loader import changed_keys, config_hash, plain, require_logs, save_
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
 from configs.secrets import redacted
 from embeddings import attempts
-from embeddings.snapshots import remove, verify
+from embeddings.snapshots import MANIFEST, remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
@@ -290,7 +290,7 @@ def drop_damaged(run_dir: Path, to_run: list[str], inputs: dict[str, Inputs]) ->
     found = []
     for name in [name for name in STAGES if name in read]:
         folders = [path for pattern in STAGES[name].snapshots for path in sorted(run_dir.glob(pattern))
-                   if not path.name.startswith(".") and path.is_dir()]
+                   if not path.name.startswith(".") and (path / MANIFEST).exists()]
         with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
             told = [why for why in pool.map(_damage, folders) if why is not None]
         for folder, why in told:
@@ -372,7 +372,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         inputs = stage_inputs(config, run_dir)
         to_run = stages_to_run(run_dir, asked, inputs)
         while damaged := drop_damaged(run_dir, to_run, inputs):
-            print("\n".join(f"warning: {why}; it is made anew" for why in damaged), flush=True)
+            say("\n".join(f"warning: {why}; it is made anew" for why in damaged))
             to_run = stages_to_run(run_dir, asked, inputs)
         _check_files(to_run, inputs)
         for name in asked:

@@ -71,7 +71,8 @@ def ends_like(run_dir: Path, reference: Results, outcome: Outcome, again: Callab
 
 
 def _message(run: TinyRun) -> str:
-    return next((line for line in run.output.splitlines() if line.startswith("watchtower:")), "no message")[:160]
+    return next((line[line.index("watchtower:"):] for line in run.output.splitlines() if "watchtower:" in line),
+                "no message")[:160]
 
 
 @contextmanager
