@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from trainer.events import read_events
 
 PUBLISHED = ("world", "sequences", "quarantine", "checkpoints", "indexes", "evaluation", "channels", "labels",
@@ -47,6 +49,8 @@ def published_files(run_dir: Path) -> dict[str, Any]:
                 continue
             if path.suffix == ".json":
                 found[name] = _of_json(path)
+            elif path.name == "item_ids.parquet":  # its metadata say how long the index took to build
+                found[name] = pq.read_table(path).replace_schema_metadata().to_pydict()
             else:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -55,8 +59,9 @@ def published_files(run_dir: Path) -> dict[str, Any]:
 def _of_json(path: Path) -> Any:
     said = without_clock(json.loads(path.read_text()))
     if path.name == "manifest.json" and isinstance(said, dict) and isinstance(said.get("files"), dict):
-        # The checksums of JSON files are of files with times in them; what these say is compared by itself.
-        said["files"] = {name: None if name.endswith(".json") else entry for name, entry in said["files"].items()}
+        # The checksums of these are of files with times in them; what they say is compared by itself.
+        said["files"] = {name: None if name.endswith((".json", "item_ids.parquet")) else entry
+                         for name, entry in said["files"].items()}
     return said
 
 
@@ -69,6 +74,7 @@ class Results:
             self.wrong.append("report.html has no end")
         metrics = json.loads((run_dir / "metrics.json").read_text())
         metrics.pop("sha256", None)
+        metrics["provenance"].pop("config_hash")  # the run folder's name is in it
         self.metrics = without_clock(metrics)
         self.files = published_files(run_dir)
         self.newest = {str(path.relative_to(run_dir)): max(int(one.name.removeprefix("step-"))
