@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ GONE_WITHIN_S = 90.0
 OF_RAY = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher",
           "SynchronizationActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester", "_StatsActor")
 
+_LIBC = ctypes.CDLL(None)
 _STARTED: list[Started] = []
 
 
@@ -50,6 +52,7 @@ class Started:
         with open(self.log, "ab") as sink:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdin=stdin, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_end_with_parent,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})})
         self.pid = self.process.pid
         self._note(psutil.Process(self.pid))
@@ -167,6 +170,11 @@ class TinyRun(Started):
         with contextlib.suppress(OSError):
             size = events.stat().st_size
         return size, self.log.stat().st_size
+
+
+def _end_with_parent() -> None:
+    """In the child: whatever ends this process, SIGKILL too, ends it; and Ray's processes end with it."""
+    _LIBC.prctl(1, signal.SIGKILL)
 
 
 def _kind_of(process: psutil.Process) -> str | None:
