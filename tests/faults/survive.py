@@ -115,13 +115,17 @@ def done(cases: Cases, group: Iterable[Case], only: str, jobs: int) -> Iterator[
     """The outcomes of a group, `jobs` cases at once."""
     waiting: deque[Future[Outcome]] = deque()
     with ThreadPoolExecutor(jobs) as pool:
-        for case in group:
-            if only in case.name:
-                waiting.append(pool.submit(case.run, cases.folder_of(case.name), cases.reference, case.name))
-            if len(waiting) == jobs:
+        try:
+            for case in group:
+                if only in case.name:
+                    waiting.append(pool.submit(case.run, cases.folder_of(case.name), cases.reference, case.name))
+                if len(waiting) == jobs:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BaseException:
+            end_all()  # the cases' threads wait for these runs, and the pool for the threads
+            raise
 
 
 def report(group: str, outcome: Outcome) -> None:

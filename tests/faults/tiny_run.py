@@ -29,6 +29,7 @@ OF_RAY = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "DatasetManager", "Placem
           "SynchronizationActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester", "_StatsActor")
 
 _LIBC = ctypes.CDLL(None)
+_OVER = threading.Event()
 _STARTED: list[Started] = []
 
 
@@ -44,6 +45,8 @@ class Started:
 
     def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] | None = None,
                  stdin: int = subprocess.DEVNULL):
+        if _OVER.is_set():
+            raise Hung("it is over: nothing more is started")
         self.log = log
         self.family: dict[int, float] = {}
         self.ray_folders: set[str] = set()
@@ -198,7 +201,8 @@ def describe(process: psutil.Process) -> str:
 
 
 def end_all() -> None:
-    """Nothing that was started here outlives this process."""
+    """Nothing that was started here outlives this process, and nothing is started any more."""
+    _OVER.set()
     for run in _STARTED:
         with contextlib.suppress(Exception):
             run.end()
