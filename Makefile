@@ -10,7 +10,7 @@ VENV := .venv
 MADE_FROM := pyproject.toml packaging/make-venv packaging/constraints-cpu.txt packaging/fbgemm-gpu-stub/pyproject.toml
 STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 # The `timeout` ends a test whose workers wait for each other for ever.
-PYTEST := $(VENV)/bin/python -m pytest --timeout 600 --durations 10
+PYTEST := $(VENV)/bin/python -m pytest --timeout 900 --durations 10
 
 .PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-real-logs \
 	faults soak bench lint clean

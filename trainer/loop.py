@@ -34,7 +34,7 @@ from trainer import checkpoint
 from trainer.batches import ItemBatch, Prefetched
 from trainer.checkpoint import CheckpointSaver
 from trainer.engine import DenseEngine, EngineSpec
-from trainer.events import memory_mib
+from trainer.events import give_back_memory, memory_mib
 from trainer.results import write_whole
 from trainer.watchdog import moved, training
 from trainer.workers import Stopped, Workers
@@ -262,6 +262,7 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
         running.saver.close()
         running.engine.close()
         task.close()
+    give_back_memory()
     best = running.best
     kept = task.folder / f"step-{best.step}"
     if workers.first:

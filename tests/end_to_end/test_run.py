@@ -38,7 +38,7 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 300, code: int = 0) -> str:
+def finish(process: subprocess.Popen, timeout_s: float = 800, code: int = 0) -> str:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -201,7 +201,7 @@ def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched
     assert mine["routing"] == other["routing"] and set(ROUTED) < set(other["routing"])
 
 
-def _wait_for(process: subprocess.Popen, seen, timeout_s: float = 200):
+def _wait_for(process: subprocess.Popen, seen, timeout_s: float = 600):
     """What `seen` finds, as soon as it finds anything, while the run goes on."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
@@ -211,7 +211,7 @@ def _wait_for(process: subprocess.Popen, seen, timeout_s: float = 200):
     raise AssertionError(f"the run came to nothing (exit code {process.poll()})")
 
 
-def _kill_a_worker(driver: int, run_dir: Path, timeout_s: float = 200) -> bool:
+def _kill_a_worker(driver: int, run_dir: Path, timeout_s: float = 600) -> bool:
     """SIGKILL to one of the two training workers, once a checkpoint is there and the epoch goes on."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -81,7 +81,7 @@ def wait_for_answer(address: str, process: subprocess.Popen, log: Path) -> None:
 def watchtower(*words: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
     more = {} if token is None else {"RAY_AUTH_TOKEN": token}
     found = subprocess.run([sys.executable, "-m", "launch.cli", *words], cwd=REPOSITORY, capture_output=True, text=True,
-                           env=clean_environment(**more), timeout=400)
+                           env=clean_environment(**more), timeout=700)
     assert TOKEN not in found.stdout + found.stderr and "Traceback" not in found.stderr, found.stderr
     return found
 
@@ -113,7 +113,7 @@ def test_ctrl_c_lets_go_and_stop_ends_it(head, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(RAY_AUTH_TOKEN=TOKEN))
     assert process.stdout.readline() == "job two is sent\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=400)
     assert process.returncode == 130 and "job two was not stopped" in said and "watchtower stop two" in said
     assert re.search(r"two: (PENDING|RUNNING)", watchtower("status", "two", "--address", head).stdout)
     assert watchtower("stop", "two", "--address", head).returncode == 0
