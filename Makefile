@@ -16,6 +16,7 @@ PYTEST := $(VENV)/bin/python -m pytest --timeout 900 --durations 10
 	faults soak bench lint clean
 
 help:
+	@echo "make venv              the environment .venv; every target below makes it where it needs it"
 	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
 	@echo "make test              unit, fuzz, two-process, end-to-end and fault tests; each also: test-unit, test-fuzz, .."
@@ -25,7 +26,7 @@ help:
 	@echo "make soak              200 tiny epochs in one process tree: memory, files, threads, shared memory must be flat"
 	@echo "make bench             the training step against plain PyTorch, and two workers against one"
 	@echo "make lint              ruff and yamllint"
-	@echo "make clean             remove runs/ and caches; .venv stays"
+	@echo "make clean             remove runs/, caches, .venv-fuzz and fuzz-findings/; .venv stays"
 
 venv: $(STAMP)
 
