@@ -3,7 +3,7 @@
 A mistake in the input or the config ends in one clear message and exit code 2, never in a traceback. Nothing heavy is
 imported before a command needs it, so that `--help` answers at once.
 
-Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short · 130 interrupted
+Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short or a plan does not fit · 130 interrupted
 · 143 ended by SIGTERM, training saved.
 """
 
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="watchtower", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train and rebuild the retrieval stage of a video recommender.",
-        epilog="exit codes: 0 done, 1 failed, 2 the input or the config is wrong, 3 a quality gate fell short,\n"
-               "130 interrupted, 143 ended by SIGTERM\n"
+        epilog="exit codes: 0 done, 1 failed, 2 the input or the config is wrong, 3 a quality gate fell short\n"
+               "or a plan does not fit, 130 interrupted, 143 ended by SIGTERM\n"
                "every key of a config: docs/configuration.md")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("--traceback", action="store_true", help="show tracebacks (also: WATCHTOWER_TRACEBACK=1)")

@@ -106,9 +106,14 @@ def check_places(config: Config) -> None:
     named = {"run_dir": config.run_dir, "data.logs": config.data.logs, "data.items": config.data.items,
              "data.users": config.data.users,
              "split.test_users": config.split.test_users if isinstance(config.split.test_users, str) else None}
-    wrong = [f"{key}: {place} is relative to this folder, which the cluster does not have; give a whole path that all "
-             "its machines share, or a URL" for key, place in named.items()
-             if place is not None and "://" not in place and not Path(place).is_absolute()]
+    wrong = []
+    for key, place in named.items():
+        is_url, may_be_url = "://" in (place or ""), key != "run_dir"  # a run folder is one that all machines share
+        if place is None or Path(place).is_absolute() or (is_url and may_be_url):
+            continue
+        where = "a URL" if is_url else "relative to this folder, which the cluster does not have"
+        wrong.append(f"{key}: {place} is {where}; give a whole path that all its machines share"
+                     f"{', or a URL' if may_be_url else ''}")
     if wrong:
         raise InputError("\n".join(wrong))
 

@@ -12,7 +12,6 @@ import datetime
 import errno
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -525,12 +524,12 @@ def _train_channel_embedding(config: Config, run_dir: Path, workers: Workers) ->
 
 def _only_indexes(run_dir: Path, folder: Path, indexes: list[Any]) -> None:
     """Deletes the indexes of an earlier training: of a watermark the channel takes the newest one, by its step."""
-    from embeddings.snapshots import list_snapshots
+    from embeddings.snapshots import list_snapshots, remove
 
     ours = {run_dir / index.folder for index in indexes}
     for snapshot in list_snapshots(folder):
         if snapshot.path not in ours:
-            shutil.rmtree(snapshot.path)
+            remove(snapshot.path)
 
 
 def _train_routers(config: Config, run_dir: Path, workers: Workers) -> dict[str, Any]:
