@@ -3,8 +3,8 @@
 A mistake in the input or the config ends in one clear message and exit code 2, never in a traceback. Nothing heavy is
 imported before a command needs it, so that `--help` answers at once.
 
-Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short or a plan does not fit · 130 interrupted
-· 143 ended by SIGTERM, training saved.
+Exit codes: 0 done · 1 failed · 2 the input or the config is wrong · 3 a quality gate fell short or a plan does not
+fit · 130 interrupted · 143 ended by SIGTERM, training saved.
 """
 
 from __future__ import annotations
