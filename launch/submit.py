@@ -250,9 +250,11 @@ def connect(address: str | None) -> JobSubmissionClient:
 @contextlib.contextmanager
 def _told(job: str | None, address: str | None) -> Iterator[None]:
     """Ray's errors as ours, in one message."""
+    from ray.exceptions import RayError  # a missing token is one; the rest are Python's own
+
     try:
         yield
-    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+    except (RuntimeError, ConnectionError, OSError, ValueError, RayError) as error:
         if isinstance(error, WatchtowerError):
             raise
         text = str(error)
