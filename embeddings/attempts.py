@@ -34,6 +34,8 @@ from embeddings.untrusted import read_json
 
 FOLDER = "attempts"
 LOCK_WITHIN_S = 60.0
+PASSING = ("alive.json", "stop.json")
+"""Notes that say nothing once their attempt is over."""
 
 
 class Superseded(WatchtowerError):
@@ -63,8 +65,15 @@ class Attempt:
         return replace(self, group=None)
 
     def check(self) -> None:
-        """Raise `Superseded` if a later attempt owns the run folder."""
+        """Whether this attempt still owns the run folder.
+
+        Raises:
+            Superseded: a later one does.
+            WatchtowerError: nobody can say; the folder's file system may be away for a while.
+        """
         record = read_record(self.run_dir)
+        if "driver" not in record:
+            raise _no_record(self.run_dir)
         if record.get("driver") != self.driver:
             raise Superseded(f"{self.run_dir}: attempt {self.number} was cut off: driver {record.get('driver')} on "
                              f"{record.get('host')} has taken the run over; nothing was published here")
@@ -79,6 +88,7 @@ class Attempt:
 
         Raises:
             Superseded: it does not.
+            WatchtowerError: nobody can say.
         """
         with _locked(self.run_dir, fcntl.LOCK_SH):
             self.check()
@@ -136,9 +146,15 @@ def read_record(run_dir: Path) -> dict[str, Any]:
         raise WatchtowerError(f"{path}: cannot be read ({error}); nothing is published without it") from error
 
 
+def _no_record(run_dir: Path) -> WatchtowerError:
+    return WatchtowerError(f"{run_dir / FOLDER / 'record.json'}: the record of attempts is not there; nothing is "
+                           "published without it")
+
+
 def begin_driver(run_dir: Path) -> Attempt:
     """A new driver takes the run folder over from every attempt before it."""
     run_dir = Path(run_dir).absolute()
+    (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
     with _locked(run_dir, fcntl.LOCK_EX):
         try:
             record = read_record(run_dir)
@@ -150,9 +166,18 @@ def begin_driver(run_dir: Path) -> Attempt:
         attempt.folder.mkdir(parents=True, exist_ok=True)
     for before in _numbers(run_dir):
         if before < number:
-            with contextlib.suppress(OSError):  # one that left something is kept
-                (run_dir / FOLDER / str(before)).rmdir()
+            _remove_unless_telling(run_dir / FOLDER / str(before))
     return attempt
+
+
+def _remove_unless_telling(folder: Path) -> None:
+    """Removes the folder of an attempt that is over, unless it left what tells how it ended."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            is_passing = path.name in PASSING or path.name.startswith(("at-work-", "."))
+            if is_passing or (path.name.endswith("-held.txt") and not path.stat().st_size):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def begin_group(driver: Attempt, work: str) -> Attempt:
@@ -190,8 +215,10 @@ def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
-    """A small JSON file, whole at once; its folder is made. flush: it must outlast a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A small JSON file, whole at once. flush: it must outlast a power cut.
+
+    Its folder must be there: where the run folder's file system is away, nothing shall be made in its place.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -217,11 +244,13 @@ def _locked(run_dir: Path, how: int) -> Iterator[None]:
     """The lock of the attempts. Where a file system has no locks, the record alone decides.
 
     Raises:
-        WatchtowerError: somebody holds it for longer than any rename takes.
+        WatchtowerError: somebody holds it for longer than any rename takes, or the folder of attempts is not there.
     """
     path = run_dir / FOLDER / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError as error:
+        raise _no_record(run_dir) from error
     try:
         deadline = time.monotonic() + LOCK_WITHIN_S
         while True:

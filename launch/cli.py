@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -219,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:
         if arguments is None:  # argparse has said what there is to say
             return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
-        return _interrupted(TERMINATED if leaving.code == TERMINATED else INTERRUPTED)
+        # Ray's own handler, which is in place while Ray starts, exits with the signal's number.
+        return _interrupted(TERMINATED if leaving.code in (TERMINATED, signal.SIGTERM) else INTERRUPTED)
     except KeyboardInterrupt:
         return _interrupted(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

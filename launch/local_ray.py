@@ -215,10 +215,10 @@ def start_ray(config: Config) -> Iterator[Cluster]:
                     (folder / DRIVER).unlink(missing_ok=True)
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
     finally:
         if folder is not None:  # which stays where Ray's logs may tell what went wrong
             (folder / TOKEN).unlink(missing_ok=True)
+            os.close(held)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

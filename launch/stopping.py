@@ -23,6 +23,7 @@ _ask: Callable[[], bool] | None = None
 _grace_s = 0.0
 _asked = False
 _error: BaseException | None = None
+_end_of_grace: threading.Timer | None = None
 
 
 def end_on_sigterm() -> None:
@@ -49,12 +50,17 @@ def asking_first(ask: Callable[[], bool], grace_s: float) -> Iterator[None]:
         yield
     finally:
         _ask, _grace_s = before
+        if _end_of_grace is not None:  # it would break into what ends the run in order
+            _end_of_grace.cancel()
 
 
 def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
     """Raise this error on the main thread, from any other one. If it has not ended the process after so many seconds,
-    the process ends without it, exit code 1."""
+    the process ends without it, exit code 1. Only the first error is raised: another one would break into the end of
+    the run."""
     global _error
+    if _error is not None:
+        return
     if signal.getsignal(signal.SIGTERM) is not _handle:  # nobody here would hear of it
         print(redact(f"watchtower: {error}"), file=sys.stderr, flush=True)
         os._exit(1)
@@ -64,17 +70,25 @@ def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
 
 
 def _handle(*_: object) -> None:
-    global _asked
+    global _asked, _end_of_grace
     if _error is not None:
         raise _error
     first, _asked = not _asked, True
-    if first and _ask is not None and _ask():
-        _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if first and _will_answer():
+        _end_of_grace = _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return
     raise SystemExit(TERMINATED)
 
 
-def _later(seconds: float, act: Callable[[], None]) -> None:
+def _will_answer() -> bool:
+    try:
+        return _ask is not None and _ask()
+    except OSError:  # a run folder that is full or away: nobody can be asked
+        return False
+
+
+def _later(seconds: float, act: Callable[[], None]) -> threading.Timer:
     timer = threading.Timer(seconds, act)
     timer.daemon = True
     timer.start()
+    return timer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from configs.schema import Config
 from configs.secrets import redacted
 from embeddings import attempts
 from embeddings.attempts import Attempt, Superseded, acting
+from embeddings.snapshots import says_disk_full
 from embeddings.untrusted import damaged, inside, read_json
 from launch.console import say
 from launch.stopping import TERMINATED, asking_first, interrupt, is_asked
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trainer.workers import Workers
 
 CHANNEL_EMBEDDING = "channel-embedding"  # model name of the embedding channel's tower
+SILENCE_BEYOND_WATCHDOG_S = 120.0  # a group whose threads cannot run ends itself 60 s after `train.watchdog_s`
 ERRORS = {kind.__name__: kind for kind in (WatchtowerError, InputError, QualityGateError)}
 
 
@@ -109,11 +110,11 @@ def _run_group(config: Config, run_dir: Path, work: str) -> dict[str, Any]:
                 _fit(config, run_dir, work, driver)
         finally:
             attempts.end_groups(driver)
+        if is_asked():
+            raise SystemExit(TERMINATED)
         told = _read_outcome(outcome)
         if "result" in told:
             return told["result"]
-        if is_asked():
-            raise SystemExit(TERMINATED)
         say(f"training stopped at step {told['step']} ({told['stopped']}); it goes on with another group")
 
 
@@ -210,9 +211,10 @@ def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
 
 @contextmanager
 def _watched_group(config: Config, driver: Attempt) -> Iterator[None]:
-    """While the block runs: a group's signs of life count as the driver's own moves, and a driver that has waited
-    `train.wait_s` for one ends."""
-    over = threading.Event()
+    """While the block runs the driver waits for its group, and ends where it has waited `train.wait_s` for a first sign
+    of life, or for another one for longer than the group's own watchdog takes."""
+    over, wait_s = threading.Event(), config.train.wait_s
+    silence_s = max(wait_s, (config.train.watchdog_s or 0.0) + SILENCE_BEYOND_WATCHDOG_S)
 
     def watch() -> None:
         last, since = None, time.monotonic()
@@ -221,8 +223,16 @@ def _watched_group(config: Config, driver: Attempt) -> Iterator[None]:
             moved("the training workers", in_step=False)
             if beat is not None and beat != last:
                 last, since = beat, time.monotonic()
-            elif time.monotonic() - since > config.train.wait_s:
-                interrupt(WatchtowerError(_missing(config)))
+                continue
+            silent_s = time.monotonic() - since
+            if last is None and silent_s > wait_s:
+                interrupt(WatchtowerError(
+                    f"for {wait_s:g} s (train.wait_s) no group of training workers could start: {_missing(config)}"))
+                return
+            if last is not None and silent_s > silence_s:
+                interrupt(WatchtowerError(
+                    f"the training workers have given no sign of life for {silent_s:.0f} s: they cannot reach the run "
+                    f"folder, or are gone and no others could start in their place: {_missing(config)}"))
                 return
 
     thread = threading.Thread(target=watch, daemon=True, name="watchtower-group")
@@ -235,18 +245,21 @@ def _watched_group(config: Config, driver: Attempt) -> Iterator[None]:
 
 
 def _missing(config: Config) -> str:
-    """What the cluster lacks for a group."""
+    """What the cluster has, and a group needs; raises nothing."""
     import ray
 
     from launch.local_ray import worker_limits
 
     least, _ = worker_limits(config)
-    nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
     each = "a CPU and a GPU" if config.train.device == "cuda" else "a CPU"
-    return (f"for {config.train.wait_s:g} s (train.wait_s) no group of training workers could start: train.workers "
-            f"asks for at least {least}, each with {each}; the cluster has {len(nodes)} nodes with "
-            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs in all. Add nodes, ask for fewer workers, "
-            "or wait longer; the same command goes on from the last checkpoint")
+    try:
+        nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
+        found = (f"the cluster has {len(nodes)} nodes with {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} "
+                 "GPUs in all")
+    except Exception as error:  # whatever Ray raises when it is not there any more
+        found = f"Ray does not say what the cluster has ({type(error).__name__})"
+    return (f"train.workers asks for at least {least}, each with {each}; {found}. Add nodes, ask for fewer workers, or "
+            "wait longer; the same command goes on from the last checkpoint")
 
 
 def _first_cause(driver: Attempt) -> str | None:
@@ -337,28 +350,27 @@ def _worker(settings: dict[str, Any]) -> None:
     attempt = _begin(workers, Attempt(run_dir, settings["driver"]), outcome, settings["work"])
 
     def tell(error: WatchtowerError) -> None:
-        _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, workers.rank)
+        with contextlib.suppress(OSError, WatchtowerError):  # on a full disk the driver has Ray's words for it
+            _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, workers.rank)
+
+    def fail(error: BaseException) -> None:
+        if says_disk_full(error) and not isinstance(error, WatchtowerError):
+            tell(InputError(f"{run_dir}: the disk is full; make room and run again, it goes on from the last "
+                            "checkpoint"))
+        elif isinstance(error, WatchtowerError) and not isinstance(error, Superseded):
+            tell(error)
+        watch.fail(error)
 
     with acting(attempt), Watch(attempt, f"rank-{workers.rank}", config.train.watchdog_s, asked=_asked_to_stop(attempt),
                                 wish=workers.stop.ask, beats=workers.first, hard=True, on_stuck=tell) as watch:
         try:
-            result = _WORK[settings["work"]](config, run_dir, workers)
+            result = _WORK[settings["work"]](config, run_dir, replace(workers, failing=fail))
         except Stopped as stopped:
             if workers.first:
                 _write_outcome(outcome, {"stopped": stopped.reason, "step": stopped.step}, workers.rank)
             return
-        except Superseded as error:
-            watch.fail(error)
-            raise
-        except WatchtowerError as error:
-            tell(error)
-            watch.fail(error)
-            raise
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                tell(InputError(f"{run_dir}: the disk is full; make room and run again, it goes on from the last "
-                                "checkpoint"))
-            watch.fail(error)
+            fail(error)
             raise
         if workers.first:
             _write_outcome(outcome, {"result": result}, workers.rank)
@@ -420,6 +432,8 @@ def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
         with attempts.publishing():
             beside.replace(outcome)
     except Superseded:
+        pass
+    finally:
         beside.unlink(missing_ok=True)
 
 

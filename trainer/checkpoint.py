@@ -45,14 +45,16 @@ from trainer.engine import (
     load_dense_parameters,
     write_dense,
 )
+from trainer.watchdog import Movement, moved
 from trainer.workers import Workers
 
 STATE, PENDING = "state.json", "pending.safetensors"
 CLOSING_S = 60.0
-"""Seconds that a run which ends with an error leaves a save that is under way: it would be good to have."""
+"""Seconds that a worker which ends with an error leaves a save that is under way: it would be good to have. Of several
+workers the others end sooner (trainer/watchdog.py, PATIENCE_S), and Ray ends the group with them."""
 
 TURN_S = 5.0
-"""Seconds after which workers that wait for a save tell each other that it goes on."""
+"""Seconds after which workers that wait for a save tell each other whether it goes on, and gets on."""
 
 _NAME = re.compile(r"step-(\d{1,18})", re.ASCII)
 _POLL_S = 0.05
@@ -146,8 +148,12 @@ class CheckpointSaver:
         while is_going_on:
             # In short turns: a disk may take longer than a collective may, and the first worker's thread would wait
             # for the share of one that failed.
+            movement = Movement()
             self._thread.join(TURN_S)
-            is_going_on = any(self._workers.everybody(self._thread.is_alive()))
+            told = self._workers.everybody((self._thread.is_alive(), movement.seen()), moves=False)
+            is_going_on = any(is_alive for is_alive, _ in told)
+            if not is_going_on or any(gets_on for _, gets_on in told):
+                moved()
             self.raise_together()
         self._thread = None
 
@@ -160,11 +166,11 @@ class CheckpointSaver:
             raise
 
     def close(self) -> None:
-        """Leaves no thread behind; raises nothing. Not collective: after an error the others may be gone, so a save
-        that is under way has CLOSING_S left to hear of their shares."""
+        """Ends the thread, or leaves it behind after CLOSING_S; raises nothing. Not collective: after an error the
+        others may be gone, so a save that is under way has that long to hear of their shares."""
         if self._thread is not None:
             self._deadline = min(self._deadline, time.monotonic() + CLOSING_S)
-            self._thread.join()
+            self._thread.join(CLOSING_S)
             self._thread = None
 
     def _write(self, content: Content, writing: Path, folder: Path) -> None:
@@ -172,12 +178,15 @@ class CheckpointSaver:
         state = dict(content.state)
         try:
             _write_share(content, writing, 0)
+            moved()
             write_dense(writing, dict(content.dense), content.optimizer_step, content.spec,
                         {"global_step": state["global_step"]})
+            moved()
             if content.arrays:
                 safetensors.numpy.save_file(dict(content.arrays), writing / PENDING)
             (writing / STATE).write_text(json.dumps(state, indent=1))
             self._await_shares(writing)
+            moved()
             publish(folder, _moved_from(writing), {"kind": "checkpoint", "global_step": state["global_step"],
                                                    "workers": self._workers.count}, replace=True)
         finally:

@@ -257,6 +257,11 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
         running.saver.wait()
         _settle(running, running.begun)
         _keep_results(running, len(plans))
+    except Stopped:
+        raise
+    except BaseException as error:
+        workers.failing(error)  # now: what follows may take minutes, and the others stand in a collective meanwhile
+        raise
     finally:
         training(False)
         running.saver.close()

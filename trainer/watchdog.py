@@ -42,9 +42,11 @@ BUSY_SHARE = 0.2
 BUSY_OVER_S = 5.0
 """Seconds over which that share is taken."""
 
+BUSY_BYTES = 4 * 2**20
+"""Bytes a second, read or written, above which what one rank does alone counts as moving: checksums of a slow disk."""
+
 BUSY_TASK_SHARE = 0.02
 """The same for a task of the cluster, which reads and writes more than it computes."""
-
 
 
 class Stuck(WatchtowerError):
@@ -78,6 +80,30 @@ def training(runs: bool) -> None:
     """A training loop that answers a wish to stop begins here, or has ended."""
     moved(in_step=False)
     PROGRESS.training = runs
+
+
+class Movement:
+    """Whether this process has got on since this was made: something moved, or it was busy on a core or with files."""
+
+    def __init__(self, progress: Progress = PROGRESS, clock: Callable[[], float] = time.monotonic,
+                 cpu_s: Callable[[], float] = time.process_time, file_bytes: Callable[[], int] | None = None):
+        self._progress, self._clock, self._cpu_s = progress, clock, cpu_s
+        self._file_bytes = file_bytes or _file_bytes
+        self._before = progress.at, clock(), cpu_s(), self._file_bytes()
+
+    def seen(self) -> bool:
+        at, then, cpu_then, bytes_then = self._before
+        seconds = self._clock() - then
+        return (self._progress.at != at or self._cpu_s() - cpu_then > BUSY_SHARE * seconds
+                or self._file_bytes() - bytes_then > BUSY_BYTES * seconds)
+
+
+def _file_bytes() -> int:
+    """Bytes that this process has read and written so far; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        read, written = Path("/proc/self/io").read_text(encoding="ascii").splitlines()[:2]
+        return int(read.split()[1]) + int(written.split()[1])
+    return 0
 
 
 class Watchdog:
@@ -156,18 +182,20 @@ class Watch:
         stacks = None
         try:
             if self._hard:
-                stacks = open(self._folder / f"stacks-{self.who}-held.txt", "w", encoding="utf-8")  # noqa: SIM115
+                with contextlib.suppress(OSError):  # then to stderr
+                    stacks = open(self._folder / f"stacks-{self.who}-held.txt", "w", encoding="utf-8")  # noqa: SIM115
             while not self._over.wait(LOOK_S):
-                if stacks is not None:
+                if self._hard:
                     # In C, for a process whose threads cannot run: it goes off unless it is put off here.
-                    faulthandler.dump_traceback_later(self._watchdog.limit_s + 60, exit=True, file=stacks)
+                    faulthandler.dump_traceback_later(self._watchdog.limit_s + 60, exit=True, file=stacks or 2)
                 try:
                     self._look()
-                except OSError:
-                    continue  # a shared folder that is away for a while
+                except Exception:  # a shared folder that is away for a while, say: the watch must not end by it
+                    continue
         finally:
-            if stacks is not None:
+            if self._hard:
                 faulthandler.cancel_dump_traceback_later()
+            if stacks is not None:
                 stacks.close()
                 with contextlib.suppress(OSError):
                     Path(stacks.name).unlink()
@@ -179,17 +207,22 @@ class Watch:
                 f"nothing has moved for {still:.0f} s (train.watchdog_s) since {PROGRESS.what}, seen by {self.who}"
                 + (f"; the stacks of all threads: {self._folder}/stacks-*.txt" if self._folder else "")))
             return
-        if self._asked is not None and (reason := self._asked()) is not None:
-            self._wish(reason)
+        if self._asked is not None:
+            with contextlib.suppress(Exception):  # it looks into Ray's own insides; the rest is looked at all the same
+                if (reason := self._asked()) is not None:
+                    self._wish(reason)
         if self._folder is None:
             return
         if self._beats:
             self._beat += 1
-            write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training}, flush=False)
-        signs = {sign.name: sign.read_bytes() for sign in self._folder.glob("at-work-*.json")}
-        if signs != self._signs:
-            self._signs = signs
-            moved()
+            with contextlib.suppress(OSError):
+                write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training},
+                           flush=False)
+        if self.attempt.group is None:  # tasks of the cluster work for the driver
+            signs = {sign.name: sign.read_bytes() for sign in self._folder.glob("at-work-*.json")}
+            if signs != self._signs:
+                self._signs = signs
+                moved()
         failed = read_note(self._folder / "failed.json")
         if failed is not None:
             self._end_after(failed)
@@ -200,6 +233,7 @@ class Watch:
                 self.attempt.check()
             except Superseded as error:
                 self._end(error)
+                self._over.set()
 
     def _stand_still(self, error: Stuck) -> None:
         if self._on_stuck is not None:
@@ -210,6 +244,7 @@ class Watch:
         # The other ranks leave theirs before the first end of a process breaks their connections.
         if not self._over.wait(self.patience_s):
             self._end(error)
+        self._over.set()
 
     def _end_after(self, failed: dict) -> None:
         told = WatchtowerError(f"{failed.get('who')} has failed: {failed.get('error')}")

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import WatchtowerError
-from trainer.watchdog import moved
+from trainer.watchdog import Movement, moved
 
 SIGN_OF_LIFE_S = 5.0
-"""Seconds after which the others are told that what the first worker does alone goes on."""
+"""Seconds after which the others are told whether what the first worker does alone goes on, and gets on."""
 
 
 class Stopped(WatchtowerError):
@@ -54,14 +54,20 @@ def limit_collectives(timeout_s: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timeout)
 
 
+def _tell_nobody(_: BaseException) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Workers:
-    """This process among the workers. `device`: where its share of the model lives. `stop`: asks them to end."""
+    """This process among the workers. `device`: where its share of the model lives. `stop`: asks them to end.
+    `failing`: takes an error that is going to end this worker, before it cleans up: the others wait for it."""
 
     rank: int
     count: int
     device: torch.device
     stop: StopWish = field(default_factory=StopWish, compare=False)
+    failing: Callable[[BaseException], None] = field(default=_tell_nobody, compare=False, repr=False)
 
     @classmethod
     def joined(cls, device: torch.device) -> Workers:
@@ -78,22 +84,25 @@ class Workers:
             dist.barrier()
         moved()
 
-    def agree(self, value: Any) -> Any:
-        """The first worker's value, on all of them. Small Python values; they travel between our own processes."""
+    def agree(self, value: Any, *, moves: bool = True) -> Any:
+        """The first worker's value, on all of them. Small Python values; they travel between our own processes. moves:
+        that it came counts as a move."""
         if self.count == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self._transfer)
-        moved()
+        if moves:
+            moved()
         return box[0]
 
-    def everybody(self, value: Any) -> list[Any]:
-        """The values of all workers in rank order, on all of them."""
+    def everybody(self, value: Any, *, moves: bool = True) -> list[Any]:
+        """The values of all workers in rank order, on all of them. moves: that they came counts as a move."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
-        moved()
+        if moves:
+            moved()
         return values
 
     def gather_rows(self, x_ND: Tensor) -> Tensor | None:
@@ -111,12 +120,13 @@ class Workers:
         return torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)])
 
     def raise_together(self, error: WatchtowerError | None) -> None:
-        """Raises on every worker if any of them brings an error, so that nobody waits for one that is gone.
+        """Raises on every worker if any of them brings an error, so that nobody waits for one that is gone. It is no
+        move: who waits for something that hangs asks again and again.
 
         Raises:
             WatchtowerError: the error of the lowest rank that has one; its own class on every worker.
         """
-        for found in self.everybody(None if error is None else (type(error), str(error))):
+        for found in self.everybody(None if error is None else (type(error), str(error)), moves=False):
             if found is not None:
                 kind, message = found
                 raise kind(message)
@@ -125,7 +135,7 @@ class Workers:
         """What `act` gives on the first worker, None on the others.
 
         It may take longer than a collective may: it runs on a thread, and the others are told every few seconds that it
-        goes on.
+        goes on. That counts as a move only if the first worker has got on, so that the watchdog sees what hangs.
 
         Raises:
             WatchtowerError: what `act` raised, on every worker, so that nobody waits for the first one; of an error
@@ -135,9 +145,12 @@ class Workers:
             return act()
         alone = _OnThread(act, self.device) if self.first else None
         still, failed = True, None
+        moved(in_step=False)
         while still:
-            still, failed = self.agree((alone.goes_on(SIGN_OF_LIFE_S), alone.failed) if alone is not None else None)
-            moved(in_step=False)
+            turn = None if alone is None else alone.turn(SIGN_OF_LIFE_S)
+            still, failed, gets_on = self.agree(turn, moves=False)
+            if gets_on or not still:
+                moved()
         if failed is not None:
             if alone is not None:
                 raise alone.error
@@ -148,7 +161,8 @@ class Workers:
     def mean(self, loss: Tensor) -> float:
         """The mean of a scalar over the workers; not finite as soon as one of them is not. One collective, which also
         carries whether anybody was asked to stop: all of them see `stop.agreed` at the same call."""
-        told = torch.stack([loss.detach().float(), loss.new_tensor(self.stop.reason is not None, dtype=torch.float32)])
+        mine = loss.detach().float()
+        told = torch.stack([mine, mine.new_full((), self.stop.reason is not None)])
         if self.count > 1:
             dist.all_reduce(told)
             told[0] /= self.count
@@ -177,10 +191,12 @@ class _OnThread:
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchtower-first")
         self._thread.start()
 
-    def goes_on(self, wait_s: float) -> bool:
-        """Whether it is still at work after so many seconds."""
+    def turn(self, wait_s: float) -> tuple[bool, tuple[type[WatchtowerError], str] | None, bool]:
+        """After so many seconds: whether it is still at work, what it failed with, whether it has got on."""
+        movement = Movement()
         self._thread.join(wait_s)
-        return self._thread.is_alive()
+        is_at_work = self._thread.is_alive()
+        return is_at_work, self.failed, movement.seen()
 
     def _run(self) -> None:
         if self._device.type == "cuda":

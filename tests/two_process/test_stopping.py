@@ -16,6 +16,7 @@ def agreeing(rank, world_size):
 
     from configs.errors import WatchtowerError
     from trainer import workers as workers_module
+    from trainer.watchdog import moved
     from trainer.workers import Workers, limit_collectives
 
     told = {}
@@ -38,7 +39,14 @@ def agreeing(rank, world_size):
     signs = []
     workers_module.SIGN_OF_LIFE_S = 0.05
     workers_module.moved = lambda *_, **how: signs.append(how)
-    told["alone"] = workers.on_first(lambda: time.sleep(1.0) or "done")
+
+    def gets_on():
+        for _ in range(40):
+            time.sleep(0.05)
+            moved("a file")
+        return "done"
+
+    told["alone"] = workers.on_first(gets_on)
     told["signs"] = len(signs)
     for name, error in (("ours", WatchtowerError("no room")), ("not ours", ValueError("a bug"))):
         def fails(error=error):
@@ -72,7 +80,7 @@ def left_alone(rank, world_size, attempt, fault):
     from trainer.workers import Workers
 
     workers = Workers.joined(torch.device("cpu"))
-    limit_s = 3.0 if fault == "hangs" else None
+    limit_s = 10.0 if fault == "hangs" else None
     with Watch(attempt, f"rank-{rank}", limit_s, patience_s=2.0) as watch:
         for step in range(5):
             if rank == 1 and step == 3:

@@ -25,6 +25,10 @@ def test_numbers_rise_over_drivers_and_groups(tmp_path):
     assert begin_driver(tmp_path).number == 5
     # An attempt that left nothing has no folder any more, one that left something is kept.
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()) == ["4", "5"]
+    for name in ("alive.json", "stop.json", "at-work-a-7.json", ".alive.json.1.tmp", "stacks-rank-0-held.txt"):
+        (tmp_path / "attempts" / "5" / name).write_text("" if name.startswith("stacks") else "{}")
+    assert begin_driver(tmp_path).number == 6
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()) == ["4", "6"]
 
 
 def test_numbers_go_on_where_the_record_is_damaged(tmp_path):
@@ -35,6 +39,18 @@ def test_numbers_go_on_where_the_record_is_damaged(tmp_path):
     with pytest.raises(WatchtowerError, match="damaged|cannot be read"):
         driver.check()
     assert begin_driver(tmp_path).number == 5
+
+
+def test_nothing_is_published_nor_made_where_the_record_is_away(tmp_path):
+    driver = begin_driver(tmp_path)
+    shutil.rmtree(tmp_path / "attempts")
+    for act in (driver.check, driver.publishing().__enter__, lambda: begin_group(driver, "crm")):
+        with pytest.raises(WatchtowerError, match="record of attempts is not there") as found:
+            act()
+        assert not isinstance(found.value, Superseded)
+    with pytest.raises(FileNotFoundError):
+        attempts.write_note(driver.folder / "alive.json", {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("successor", ["driver", "group", "end of the group"])

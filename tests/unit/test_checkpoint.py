@@ -13,7 +13,7 @@ from configs.errors import InputError, WatchtowerError
 from embeddings.snapshots import publish
 from trainer import checkpoint, loop
 from trainer.checkpoint import CheckpointSaver, checkpoints, prune, read_pending, read_state
-from trainer.workers import Workers
+from trainer.workers import Stopped, Workers
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 FILES = ("dense.json", "dense.safetensors", "manifest.json", "pending.safetensors", "state.json",
@@ -150,6 +150,23 @@ def test_patience_does_not_know_how_fast_an_index_was_built():
         assert [out(loop.Position(2, step, 20), known) for known in (1, 2)] == [False, False]
         assert [out(loop.Position(3, step, 30), known) for known in (2, 3)] == [True, True]
     assert not out(loop.Position(0, 0, 0), 0)
+
+
+@pytest.mark.parametrize("error, told", [(ValueError("a bug"), ["failing"]), (Stopped("SIGTERM", 3), [])])
+def test_the_others_hear_of_an_error_before_this_worker_cleans_up(monkeypatch, error, told):
+    order = []
+
+    def start(*_):
+        raise error
+
+    task = SimpleNamespace(plans=list, start=start, close=lambda: order.append("closed"))
+    running = SimpleNamespace(saver=SimpleNamespace(close=lambda: order.append("saver")),
+                              engine=SimpleNamespace(close=lambda: order.append("engine")))
+    monkeypatch.setattr(loop, "_start", lambda *_: (running, loop.Position()))
+    workers = Workers(0, 1, torch.device("cpu"), failing=lambda found: order.append("failing"))
+    with pytest.raises(type(error)):
+        loop.train(task, workers, lambda *_, **fields: None)
+    assert order == [*told, "saver", "engine", "closed"]
 
 
 def test_a_copy_of_a_checkpoint_folder_is_a_checkpoint(tmp_path):

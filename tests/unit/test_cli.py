@@ -157,7 +157,8 @@ def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(failing, cap
 
 
 @pytest.mark.parametrize(("error", "code"), [
-    (KeyboardInterrupt(), 130), (SystemExit(1), 130), (SystemExit(143), 143)])  # Ray Train turns Ctrl-C into exit 1
+    (KeyboardInterrupt(), 130), (SystemExit(1), 130), (SystemExit(143), 143),  # Ray Train turns Ctrl-C into exit 1,
+    (SystemExit(signal.SIGTERM), 143)])  # and a Ray that starts turns SIGTERM into exit 15
 def test_interrupted(error, code, failing, capsys):
     found, said = failing(error, capsys)
     assert found == code and "interrupted" in said

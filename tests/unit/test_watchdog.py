@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from configs.errors import WatchtowerError
 from embeddings.attempts import Superseded, acts_for, begin_driver, begin_group
 from launch import stopping
 from trainer import watchdog
-from trainer.watchdog import Progress, Stuck, Watch, Watchdog, at_work, moved, note_first
+from trainer.watchdog import Movement, Progress, Stuck, Watch, Watchdog, at_work, moved, note_first
 
 
 class Machine:
@@ -63,6 +64,24 @@ def test_an_index_that_is_being_built_moves_by_its_cpu_and_a_step_does_not(in_st
     assert found is not None
 
 
+def test_what_one_rank_does_alone_moves_by_signs_cpu_and_files():
+    machine, progress, files = Machine(), Progress(0.0), [0]
+
+    def seen(seconds=5.0, busy=0.0, file_bytes=0, moves=False):
+        movement = Movement(progress, lambda: machine.now, lambda: machine.cpu, lambda: files[0])
+        machine.passes(seconds, busy)
+        files[0] += file_bytes
+        progress.at += moves
+        return movement.seen()
+
+    assert not seen() and not seen(busy=0.05, file_bytes=2**20)  # a thread that only looks around
+    assert seen(moves=True) and seen(busy=0.5) and seen(file_bytes=2**26)
+    assert not seen()
+    before = watchdog._file_bytes()
+    Path(__file__).read_bytes()
+    assert watchdog._file_bytes() > before
+
+
 def waits_for(event):
     assert event.wait(20), "nothing came"
 
@@ -71,9 +90,10 @@ def test_a_stuck_process_leaves_its_stacks_and_tells_the_others(tmp_path, monkey
     monkeypatch.setattr(watchdog, "LOOK_S", 0.02)
     attempt, ended, stuck = begin_group(begin_driver(tmp_path), "crm"), threading.Event(), []
     errors = []
-    with Watch(attempt, "rank-1", 0.2, end=lambda error: (errors.append(error), ended.set()), on_stuck=stuck.append,
-               patience_s=0.05):
-        moved("step 12 of dnn/seed=0", in_step=True)
+    watch = Watch(attempt, "rank-1", 1.0, end=lambda error: (errors.append(error), ended.set()), on_stuck=stuck.append,
+                  patience_s=0.05)
+    moved("step 12 of dnn/seed=0", in_step=True)
+    with watch:
         waits_for(ended)
     assert isinstance(errors[0], Stuck) and "since step 12 of dnn/seed=0" in str(errors[0]) and stuck[0] is errors[0]
     stacks = (attempt.folder / "stacks-rank-1.txt").read_text()
@@ -106,6 +126,33 @@ def test_who_was_cut_off_ends(tmp_path, monkeypatch):
         begin_driver(tmp_path)
         waits_for(ended)
     assert isinstance(errors[0], Superseded)
+
+
+@pytest.mark.parametrize("trouble", ["asked raises", "the record is away"])
+def test_the_watch_goes_on_looking_whatever_a_look_comes_upon(tmp_path, monkeypatch, trouble):
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.02)
+    monkeypatch.setattr(watchdog, "RECORD_EVERY_S", 0.0)
+    driver, ended, errors, looked = begin_driver(tmp_path), threading.Event(), [], threading.Semaphore(0)
+
+    def asked():
+        looked.release()
+        if trouble == "asked raises":
+            raise AttributeError("Ray has changed")
+
+    def looks():
+        for _ in range(3):
+            assert looked.acquire(timeout=20), "the watch has ended"
+
+    with Watch(driver, "driver", None, asked=asked, end=lambda error: (errors.append(error), ended.set())):
+        if trouble == "the record is away":
+            (tmp_path / "attempts").rename(tmp_path / "away")
+            looks()
+            assert not (tmp_path / "attempts").exists() and not errors
+            (tmp_path / "away").rename(tmp_path / "attempts")
+        looks()
+        begin_driver(tmp_path)
+        waits_for(ended)
+    assert len(errors) == 1 and isinstance(errors[0], Superseded)
 
 
 def test_a_wish_to_stop_reaches_the_worker_and_beats_reach_the_driver(tmp_path, monkeypatch):
@@ -182,6 +229,24 @@ def test_a_thread_can_end_the_driver_with_its_error(repository):
               "except WatchtowerError as error:\n    print(error)\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "no room"), done.stderr
+
+
+def test_only_the_first_error_is_raised_and_the_grace_ends_with_the_block(repository):
+    script = ("import os, signal, threading, time\nfrom configs.errors import WatchtowerError\n"
+              "from launch import stopping\nstopping.end_on_sigterm()\n"
+              "with stopping.asking_first(lambda: True, 60):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+              "print(stopping._end_of_grace.finished.is_set())\n"
+              "def ask():\n    raise OSError('away')\n"
+              "stopping.end_on_sigterm()\n"
+              "try:\n    with stopping.asking_first(ask, 60):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+              "        time.sleep(60)\nexcept SystemExit as error:\n    print(error.code)\n"
+              "def fails(what):\n"
+              "    thread = threading.Thread(target=stopping.interrupt, args=[WatchtowerError(what)])\n"
+              "    thread.start()\n    thread.join()\n    time.sleep(0.05)\n"
+              "try:\n    fails('first')\nexcept WatchtowerError as error:\n    print(error)\n"
+              "fails('second')\nprint('cleaned up')\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "143", "first", "cleaned", "up"]), done.stderr
 
 
 def test_errors_of_the_watch_are_failures_of_the_run():
