@@ -113,6 +113,10 @@ class TestUsers(Section):
     seed: Seed = Field(0, description="seed of the hash that picks them")
 
 
+class RoutingTestUsers(TestUsers):
+    share: Share = Field(0.3, description="share of users held out")
+
+
 class SplitConfig(Section):
     """Days are cut at `data.utc_offset_h`. Training is all before `validation_start`."""
 
@@ -139,6 +143,10 @@ class TableConfig(Section):
     optimizer: Literal["rowwise_adagrad", "sgd"] = Field("rowwise_adagrad", description="the fused optimizer")
     learning_rate: PositiveFloat = Field(0.1, description="of the fused optimizer")
     init_std: PositiveFloat = Field(0.05, description="standard deviation of a row's first values")
+
+
+class RouterTableConfig(TableConfig):
+    dim: Positive = Field(32, description="width of an embedding row, floats")
 
 
 class ConditionConfig(Section):
@@ -536,7 +544,7 @@ class RouterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in the heads")
     features: Literal["all", "trigger"] = Field("all", description="all: list-side and past-replay features, too; "
                                                                    "trigger: what is known of the trigger alone")
-    tables: TableConfig = Field(default_factory=lambda: TableConfig(dim=32), description="embedding tables")
+    tables: RouterTableConfig = Field(default_factory=RouterTableConfig, description="embedding tables")
     from_crm: bool = Field(False, description="start the tables from the published CRM model; widths must be equal")
     epochs: Positive = Field(3, description="passes over the training labels")
     batch_requests: Positive = Field(64, description="requests in a global batch (all workers together)")
@@ -584,8 +592,8 @@ class RoutingConfig(Section):
                                description="K: items of each channel's list that count; `all` stands beside them")
     windows: list[Positive] = Field(default_factory=lambda: [50, 100, 150, 200], min_length=1,
                                     description="W of the evaluation's sensitivity table, next effective views")
-    test_users: TestUsers = Field(default_factory=lambda: TestUsers(share=0.3, seed=0),
-                                  description="users of the test requests, where split.test_users is null")
+    test_users: RoutingTestUsers = Field(default_factory=RoutingTestUsers,
+                                         description="users of the test requests, where split.test_users is null")
     test_requests: Positive | None = Field(None, description="test requests, at most; null: all")
     bootstrap: Positive = Field(1000, description="bootstrap samples of an interval")
     seed: Seed = Field(0, description="seed of the random selector, the item values and the bootstrap")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 HIDDEN = "***"
@@ -41,27 +42,43 @@ _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIA
 
 def redact(text: str) -> str:
     """The text with `***` in the place of every secret in it; twice does no more than once."""
-    for pattern, instead in _RULES:
-        text = pattern.sub(instead, text)
-    for value in _secret_values():
-        if value in text:
-            text = text.replace(value, HIDDEN)
-    return text
-
-
-def _secret_values() -> list[str]:
-    """Values of this process's secret variables, the longest first."""
-    found = {value for name, value in os.environ.items()
-             if len(value) >= _LEAST_LENGTH and _SECRET_VARIABLE.search(name.upper())}
-    return sorted(found, key=len, reverse=True)
+    return _redact(text, _secret_values())
 
 
 def redacted(value: Any) -> Any:
     """The same structure of mappings, lists and scalars with every text in it redacted."""
+    return _redacted(value, _secret_values())
+
+
+def _redact(text: str, secret_values: list[str]) -> str:
+    # Every text of a run comes by here, and most hold nothing that any of the rules could begin with.
+    if ":" in text or "=" in text or "AKIA" in text or "ASIA" in text or "bearer" in text.lower():
+        for pattern, instead in _RULES:
+            text = pattern.sub(instead, text)
+    for secret in secret_values:
+        if secret in text:
+            text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _redacted(value: Any, secret_values: list[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value, secret_values)
     if isinstance(value, Mapping):
-        return {redact(key) if isinstance(key, str) else key: redacted(inner) for key, inner in value.items()}
+        return {_redact(key, secret_values) if isinstance(key, str) else key: _redacted(inner, secret_values)
+                for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(inner) for inner in value]
+        return [_redacted(inner, secret_values) for inner in value]
     return value
+
+
+def _secret_values() -> list[str]:
+    """Values of this process's secret variables, the longest first."""
+    # The names as bytes, which is how they are kept: nothing is decoded or hashed anew.
+    found = {os.environ.get(name, "") for name in _secret_names(tuple(os.environb))}
+    return sorted((value for value in found if len(value) >= _LEAST_LENGTH), key=len, reverse=True)
+
+
+@lru_cache(maxsize=1)
+def _secret_names(names: tuple[bytes, ...]) -> tuple[str, ...]:
+    return tuple(name for name in map(os.fsdecode, names) if _SECRET_VARIABLE.search(name.upper()))

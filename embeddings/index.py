@@ -71,11 +71,12 @@ class ItemIndex:
         spec: what was built and how it is searched.
         item_ids: int64 (N,), the item of every position.
         width: D of the vectors and queries.
-        build_seconds: time that training and adding took.
+        build_seconds: time that training and adding took; None for one that was loaded, so that an index that is
+            built again is the same bytes.
     """
 
     def __init__(
-        self, index: faiss.Index, item_ids: np.ndarray, width: int, spec: IndexSpec, build_seconds: float
+        self, index: faiss.Index, item_ids: np.ndarray, width: int, spec: IndexSpec, build_seconds: float | None
     ) -> None:
         self._index = index
         self._vectors_ND: np.ndarray | None = None
@@ -244,7 +245,6 @@ class ItemIndex:
             "factory": self.spec.factory,
             "search": dict(self.spec.search),
             "width": self.width,
-            "build_seconds": self.build_seconds,
         }
         schema = pa.schema(
             [pa.field("item_id", pa.int64(), nullable=False)], metadata={_METADATA_KEY: json.dumps(described)}
@@ -281,7 +281,6 @@ class ItemIndex:
             described = parse_json((table.schema.metadata or {})[_METADATA_KEY])
             item_ids = whole_column(table, "item_id", pa.int64(), str(folder / IDS_FILE)).to_numpy()
             width = int(_described_number(described, "width"))
-            build_seconds = float(_described_number(described, "build_seconds"))
             factory, saved = described["factory"], described["search"]
             if not isinstance(factory, str) or not isinstance(saved, dict) or not 1 <= width <= _MOST_WIDTH:
                 raise ValueError("its factory, search parameters or width are none")
@@ -302,7 +301,7 @@ class ItemIndex:
                 f"{folder}: {INDEX_FILE} holds {index.ntotal} vectors of width {index.d}, {IDS_FILE} {len(item_ids)} "
                 f"ids of width {width}"
             )
-        loaded = cls(_to_device(index, spec), item_ids, width, spec, build_seconds)
+        loaded = cls(_to_device(index, spec), item_ids, width, spec, None)
         loaded._bytes = (folder / INDEX_FILE).stat().st_size
         loaded._set_search_parameters()
         return loaded

@@ -241,10 +241,15 @@ def as_of(parent: Path, time_ms: int, rollback_ms: int) -> Path | None:
 
 def remove(folder: Path) -> None:
     """Take a published folder away at once: a reader finds it whole or not at all, and so does the next process if
-    this one dies on the way."""
+    this one dies on the way.
+
+    Raises:
+        Superseded: this process acts for an attempt that was cut off: the folder may be its successor's.
+    """
     aside = folder.parent / f".{folder.name}.attempt-{uuid.uuid4().hex}.tmp"
     try:
-        os.rename(folder, aside)
+        with attempts.publishing():
+            os.rename(folder, aside)
     except FileNotFoundError:
         return
     shutil.rmtree(aside, ignore_errors=True)

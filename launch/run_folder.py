@@ -25,6 +25,8 @@ from embeddings.snapshots import clean_dead_attempts
 LOCK_NAME = "run.lock"
 # Files and folders that are written beside their places, by every room: `.x.json.4711.tmp`, `crm.outcome.json.0.4711`.
 _BESIDE = re.compile(r".+\.tmp|.+\.outcome\.json\.\d+\.\d+", re.ASCII)
+# Folders of the same kind: `.step-40.3f9c..e1.writing` of a checkpoint, of router scores, `x.4711.tmp`.
+_FOLDER_BESIDE = re.compile(r".+\.\d+\.tmp|\..+\.writing", re.ASCII)
 _NOT_OURS = {"ray", "tensorboard", "world"}
 
 
@@ -56,7 +58,7 @@ def sweep(folder: Path) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(place, name))
         for name in names:
-            if re.fullmatch(r".+\.\d+\.tmp", name, re.ASCII):
+            if _FOLDER_BESIDE.fullmatch(name):
                 shutil.rmtree(os.path.join(place, name), ignore_errors=True)
         names[:] = [name for name in names if not name.startswith(".") and not name.endswith(".tmp")
                     and not (Path(place) == folder and name in _NOT_OURS)]

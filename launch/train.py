@@ -499,8 +499,7 @@ def _train_and_judge(config: Config, run_dir: Path, workers: Workers) -> dict[st
                                      "have no target view, so metrics.json will hold no measure of retrieval")
         if not judged("popular", 0, data.requests_fingerprint):
             evaluate_popular(data, workers, write, summary | {"fingerprint": data.requests_fingerprint})
-        if workers.first:
-            write_ceiling(data, write)
+        workers.on_first(lambda: write_ceiling(data, write))
         for seed in config.seeds:
             for model in config.crm.models:
                 if judged(model.name, seed, fingerprint(data, model)):

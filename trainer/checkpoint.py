@@ -97,7 +97,7 @@ class CheckpointSaver:
         """What this worker's part of a save ended with; the others do not know of it yet."""
         if workers.first and parent.is_dir():
             for left in parent.glob(".step-*.writing"):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                remove(left)
 
     def save(self, tables: ShardedTables, engine: DenseEngine, state: Mapping[str, Any],
              arrays: Mapping[str, np.ndarray], *, also: Set[Path], told: Callable[..., None]) -> None:
@@ -313,7 +313,11 @@ def load_into_engine(folder: Path, engine: DenseEngine) -> None:
 
 def prune(parent: Path, keep_newest: int, also: Set[Path], *, until: int) -> None:
     """Deletes all checkpoints up to the step `until` but the newest of them and those in `also`. What lies behind is of
-    a run that got further and was damaged: it must not count as one of the newest."""
+    a run that got further and was damaged: it must not count as one of the newest.
+
+    Raises:
+        Superseded: this process acts for an attempt that was cut off; a successor's checkpoints are none of its own.
+    """
     found = [path for path in checkpoints(parent) if _step_of(path) <= until]
     for path in found[:-keep_newest]:
         if path not in also:

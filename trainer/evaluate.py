@@ -34,9 +34,12 @@ from trainer.requests import Requests
 from trainer.results import write_evaluation
 from trainer.workers import Workers
 
-Lists = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
-"""(which test requests int64 (Q,), their conditions in seconds (Q,)) to the catalogue rows retrieved (Q, K), on the
-first worker; None on the others."""
+Search = Callable[[], np.ndarray]
+"""The catalogue rows retrieved, int64 (Q, K), -1 = missing. Not collective."""
+
+Lists = Callable[[np.ndarray, np.ndarray], Search | None]
+"""(which test requests int64 (Q,), their conditions in seconds (Q,)) to the search for their lists, on the first
+worker; None on the others. The vectors of the requests are there by then: collective."""
 
 CURVE_AT = 100
 
@@ -66,9 +69,9 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: Trained, workers:
     index = workers.on_first(lambda: _open(index_folder))
     ids_N, length = np.asarray(data.catalogue.item_id_N), _length(data)
 
-    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray | None:
+    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> Search | None:
         query_QD = ask(condition_Q, data.test.take(which_Q))
-        return None if query_QD is None else search_rows(index, query_QD, length, ids_N)
+        return None if query_QD is None else lambda: search_rows(index, query_QD, length, ids_N)
 
     _judge(data, model.name, seed, lists, facts, conditioned=model.condition != "none", workers=workers, write=write)
 
@@ -76,25 +79,28 @@ def evaluate_model(data: CrmData, model: ModelConfig, trained: Trained, workers:
 def evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dict) -> None:
     """The most popular items of the training targets as an index of one dimension: the baseline of baselines.
     Collective."""
-    workers.on_first(lambda: _evaluate_popular(data, workers, write, summary))
-
-
-def _evaluate_popular(data: CrmData, workers: Workers, write: Write, summary: dict) -> None:
-    rows = data.index_rows(data.slices[-1][1])
     ids_N = np.asarray(data.catalogue.item_id_N)
-    vectors_ND = data.features.log_q_N[rows][:, None]
-    folder, facts = publish_index(data.run_dir / "indexes" / "popular" / "seed=0", vectors_ND, ids_N[rows],
-                                  data.config.index.model_copy(update={"factory": "Flat", "search": {}}), epoch=0,
-                                  step=0, watermark_ms=data.slices[-1][1], sample_QD=np.ones((1, 1), np.float32),
-                                  provenance={"model": "popular"})
-    index = _open(folder)
 
-    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray:
+    def published() -> tuple[ItemIndex, dict]:
+        rows = data.index_rows(data.slices[-1][1])
+        vectors_ND = data.features.log_q_N[rows][:, None]
+        folder, found = publish_index(data.run_dir / "indexes" / "popular" / "seed=0", vectors_ND, ids_N[rows],
+                                      data.config.index.model_copy(update={"factory": "Flat", "search": {}}), epoch=0,
+                                      step=0, watermark_ms=data.slices[-1][1], sample_QD=np.ones((1, 1), np.float32),
+                                      provenance={"model": "popular"})
+        return _open(folder), found | {"folder": str(folder.relative_to(data.run_dir))}
+
+    index, index_facts = workers.on_first(published) or (None, {})
+
+    def search(requests: int) -> np.ndarray:
         one = search_rows(index, np.ones((1, 1), np.float32), _length(data), ids_N)
-        return np.repeat(one, len(which_Q), axis=0)
+        return np.repeat(one, requests, axis=0)
 
-    _judge(data, "popular", 0, lists, summary | {"baseline": True, "index": facts | {
-        "folder": str(folder.relative_to(data.run_dir))}}, conditioned=False, workers=workers, write=write)
+    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> Search | None:
+        return None if index is None else lambda: search(len(which_Q))
+
+    _judge(data, "popular", 0, lists, summary | {"baseline": True, "index": index_facts}, conditioned=False,
+           workers=workers, write=write)
 
 
 def _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write) -> None:
@@ -120,10 +126,10 @@ def _evaluate_bayes(data, model, trained, facts, encode, ask, workers, write) ->
 
     index, index_facts = workers.on_first(published) or (None, {})
 
-    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> np.ndarray | None:
+    def lists(which_Q: np.ndarray, condition_Q: np.ndarray) -> Search | None:
         if index is None:
             return None
-        return search_rows(index, _with_bayes(data, query_QD[which_Q], condition_Q), length, ids_N)
+        return lambda: search_rows(index, _with_bayes(data, query_QD[which_Q], condition_Q), length, ids_N)
 
     _judge(data, name, trained.seed, lists, facts | {"index": index_facts}, conditioned=True, workers=workers,
            write=write)
@@ -160,17 +166,24 @@ def strategy_conditions(data: CrmData, requests: Requests) -> dict[str, np.ndarr
 
 def _judge(data: CrmData, name: str, seed: int, lists: Lists, summary: dict, *, conditioned: bool, workers: Workers,
            write: Write) -> None:
+    """Searches, measures and writes on the first worker, once all workers have made the vectors of all requests.
+    Collective."""
     test, evaluate = data.test, data.config.evaluate
     conditions = strategy_conditions(data, test) if conditioned else {"none": np.full(len(test), np.nan)}
-    metrics = {}
-    for strategy, condition_Q in conditions.items():
-        rows_QK = lists(np.arange(len(test)), condition_Q) if len(test) else None
-        if rows_QK is not None:
-            metrics[strategy] = _metrics(data, rows_QK)
-    curve = None
+    searches: dict[str, Search | None] = {}
+    sample_Q, curve_searches = np.zeros(0, np.int64), []
+    if len(test):
+        searches = {strategy: lists(np.arange(len(test)), condition_Q) for strategy, condition_Q in conditions.items()}
     if conditioned and len(test):
-        curve = _curve(data, lists, min(evaluate.curve_queries, len(test)), workers, summary)
-    if workers.first:
+        sample_Q = _curve_sample(data)
+        asked = data.statistics.condition.clamp(np.asarray(evaluate.curve_s))
+        curve_searches = [lists(sample_Q, np.full(len(sample_Q), seconds)) for seconds in asked]
+
+    def measured() -> None:
+        metrics = {strategy: _metrics(data, search()) for strategy, search in searches.items()}
+        curve = None
+        if conditioned and len(test):
+            curve = _curve(data, sample_Q, [search() for search in curve_searches], summary)
         queries = {"query_id": np.arange(len(test)), "user_id": test.user_id_Q, "timestamp_ms": test.time_ms_Q,
                    "watch_time_s": test.watch_s_Q.astype(np.float32),
                    "target_item_id": np.asarray(data.catalogue.item_id_N)[test.target_row_Q()]}
@@ -178,6 +191,8 @@ def _judge(data: CrmData, name: str, seed: int, lists: Lists, summary: dict, *, 
         shown = {f"{strategy}.recall@{k}": float(np.nanmean(values[f"recall@{k}"])) for strategy, values in
                  metrics.items() for k in [100 if 100 in evaluate.at else evaluate.at[0]]}
         write("evaluation", model=f"{name}/seed={seed}", queries=len(test), **shown)
+
+    workers.on_first(measured)
 
 
 def _metrics(data: CrmData, rows_QK: np.ndarray) -> dict[str, np.ndarray]:
@@ -187,15 +202,16 @@ def _metrics(data: CrmData, rows_QK: np.ndarray) -> dict[str, np.ndarray]:
             | hit_watch_s(rows_QK, relevant, test.relevant_watch_s, at) | expected_watch(data, rows_QK))
 
 
-def _curve(data: CrmData, lists: Lists, count: int, workers: Workers, summary: dict) -> list[dict] | None:
-    """The control curve on a seeded sample of the test requests."""
-    evaluate, test = data.config.evaluate, data.test
-    which_Q = np.sort(np.random.default_rng([evaluate.seed, 0x63757276]).choice(len(test), count, replace=False))
-    asked = data.statistics.condition.clamp(np.asarray(evaluate.curve_s))
-    rows = [lists(which_Q, np.full(count, seconds)) for seconds in asked]
-    if not workers.first:
-        return None
-    sample = test.take(which_Q)
+def _curve_sample(data: CrmData) -> np.ndarray:
+    """The test requests that the control curve asks for, seeded: int64 (Q,), rising."""
+    evaluate, requests = data.config.evaluate, len(data.test)
+    count = min(evaluate.curve_queries, requests)
+    return np.sort(np.random.default_rng([evaluate.seed, 0x63757276]).choice(requests, count, replace=False))
+
+
+def _curve(data: CrmData, sample_Q: np.ndarray, rows: list[np.ndarray], summary: dict) -> list[dict]:
+    """The control curve of a sample of the test requests. rows: int64 (Q, K), for each of `evaluate.curve_s`."""
+    evaluate, sample = data.config.evaluate, data.test.take(sample_Q)
     summary["prefix_ranks_identical"] = bool(all(np.array_equal(rows[0], other) for other in rows[1:]))
     return control_curve(evaluate.curve_s, rows, (sample.relevant_offset_Q1, sample.relevant_rows),
                          data.item_watch_s_N, data.test_views_NB, evaluate.lift_edges_s, at=CURVE_AT)

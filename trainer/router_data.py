@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, RouterModelConfig
-from embeddings.snapshots import read_manifest, verify
+from embeddings.snapshots import read_manifest, remove
 from trainer.batches import ItemBatch, ItemFeatures, moved
 from trainer.conditions import WatchBuckets
 from trainer.item_statistics import StatisticsSnapshots
@@ -278,28 +277,32 @@ class RouterData:
         Features of other inputs are deleted; those that are there are read against their checksums.
         """
         workers.on_first(self._delete_other_features)
-        error = None
-        try:
-            for number in range(workers.rank, self.store.shards, workers.count):
-                folder = shard_folder(self.run_dir, self.features_fingerprint, number)
-                if not self._is_whole(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    write_shard(folder, self.read("train", number))
-        except WatchtowerError as failed:
-            error = failed
-        workers.raise_together(error)
+        # Each worker one shard a round: what the others wait for is a shard, however many there are.
+        for begin in range(0, self.store.shards, workers.count):
+            error = None
+            try:
+                if begin + workers.rank < self.store.shards:
+                    self._make_whole(begin + workers.rank)
+            except WatchtowerError as failed:
+                error = failed
+            workers.raise_together(error)
+
+    def _make_whole(self, number: int) -> None:
+        folder = shard_folder(self.run_dir, self.features_fingerprint, number)
+        if not self._is_whole(folder):
+            remove(folder)
+            write_shard(folder, self.read("train", number))
 
     def _delete_other_features(self) -> None:
         folder = self.run_dir / FOLDER
         for other in folder.iterdir() if folder.is_dir() else ():
-            if other.name != self.features_fingerprint:
-                shutil.rmtree(other, ignore_errors=True)
+            if other.is_dir() and other.name != self.features_fingerprint:
+                remove(other)
 
     @staticmethod
     def _is_whole(folder: Path) -> bool:
         try:
-            verify(folder)
-            open_shard(folder)
+            open_shard(folder)  # reads every array against its checksum
         except WatchtowerError:
             return False
         return True

@@ -24,6 +24,7 @@ import json
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ import torch
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import HOW_TRAINED, RouterModelConfig
-from embeddings.snapshots import publish, read_manifest
+from embeddings.snapshots import publish, read_manifest, remove
 from embeddings.table_state import load_tables
 from embeddings.tables import ShardedTables
 from embeddings.untrusted import inside, read_json
@@ -309,10 +310,7 @@ def score_requests(task: RouterTask, trained: Trained, workers: Workers, write: 
     Collective."""
     data, began = task.data, time.perf_counter()
     forward = load_towers(task, Path(trained.checkpoint), workers)
-    writing = task.scores.with_name(f".{task.scores.name}.writing")
-    if workers.first:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+    writing = workers.agree(workers.on_first(lambda: _new_folder(task.scores)))
     _write_scores(writing / VALIDATION, data, forward, _validation_shares(data, workers), workers)
     requests, rows = _write_scores(writing / SCORES, data, forward, _test_shares(data, workers), workers)
 
@@ -331,6 +329,16 @@ def score_requests(task: RouterTask, trained: Trained, workers: Workers, write: 
 
     workers.on_first(published)
     write("scores", model=task.name, requests=requests, rows=rows, seconds=time.perf_counter() - began)
+
+
+def _new_folder(scores: Path) -> Path:
+    """An empty folder beside the scores-to-be; what killed runs left there is removed. Its name is its own: an attempt
+    that was cut off and lives on writes into another one."""
+    for left in scores.parent.glob(f".{scores.name}.*writing"):
+        remove(left)
+    writing = scores.with_name(f".{scores.name}.{uuid.uuid4().hex}.writing")
+    writing.mkdir(parents=True)
+    return writing
 
 
 @dataclass(frozen=True)

@@ -164,12 +164,15 @@ def trained(folder, case, workers, stop=None, model=0):
 
 
 def two_workers(rank, world, folder):
+    from trainer.router_data import RouterData
     from trainer.workers import Workers
 
-    data, made = batches(folder, rank, world)
-    told = {"parity": {case: sharded_run(data, made, *case) for case in CASES},
-            "triggers": [int((batch.weight_T > 0).sum()) for batch in made]}
     workers = Workers.joined(torch.device("cpu"))
+    RouterData(config_of(folder), folder).write_features(workers)
+    told = {"shards": sorted(path.name for path in (folder / "router_features").glob("*/shard-*"))}
+    data, made = batches(folder, rank, world)
+    told |= {"parity": {case: sharded_run(data, made, *case) for case in CASES},
+             "triggers": [int((batch.weight_T > 0).sum()) for batch in made]}
     told["whole"] = trained(folder, "whole", workers)
     told["bare"] = trained(folder, "bare", workers, model=1)
     told["first"] = trained(folder, "broken", workers, stop=STOP_MID + 1)
@@ -185,6 +188,10 @@ def ranks(run_dir):
 @pytest.fixture(scope="module")
 def two(ranks):
     return ranks[0]
+
+
+def test_the_features_of_all_shards_are_there_before_anybody_reads_them(ranks):
+    assert all(told["shards"] == [f"shard-{number:05d}" for number in range(4)] for told in ranks)
 
 
 def test_the_batches_are_what_they_claim(run_dir, ranks):

@@ -9,7 +9,7 @@ import pytest
 from configs.errors import WatchtowerError
 from embeddings import attempts, snapshots
 from embeddings.attempts import Superseded, acting, begin_driver, begin_group, end_groups
-from embeddings.snapshots import list_snapshots, publish
+from embeddings.snapshots import list_snapshots, publish, remove
 from trainer.results import write_whole
 
 
@@ -72,7 +72,8 @@ def test_a_group_that_was_cut_off_publishes_nothing_over_its_successor(tmp_path,
     with acting(lost):
         for act in (lambda: publish(tmp_path / "indexes" / "1-1", write, {"by": lost.number}, replace=True),
                     lambda: publish(tmp_path / "indexes" / "2-2", write, {"by": lost.number}),
-                    lambda: write_whole(tmp_path / "metrics.json", "lost")):
+                    lambda: write_whole(tmp_path / "metrics.json", "lost"),
+                    lambda: remove(tmp_path / "indexes" / "1-1")):
             with pytest.raises(Superseded, match=f"attempt {lost.number} was cut off"):
                 act()
     assert [found.path.name for found in list_snapshots(tmp_path / "indexes")] == ["1-1"]

@@ -273,6 +273,14 @@ def test_times_and_sizes_have_units():
             assert "second" in key.description, key.path
 
 
+def test_a_section_that_is_given_in_part_has_the_defaults_of_one_that_is_left_out():
+    left_out, part = Config(), Config(router={"tables": {"sharding": "row_wise"}}, routing={"test_users": {"seed": 3}})
+    assert part.router.tables.dim == left_out.router.tables.dim == 32
+    assert part.routing.test_users.share == left_out.routing.test_users.share == 0.3
+    shown = {key.path: key.default for key in reference.all_keys()}
+    assert shown["router.tables.dim"] == "32" and shown["routing.test_users.share"] == "0.3"
+
+
 def test_the_page_is_current(repository):
     page = (repository / "docs/configuration.md").read_text(encoding="utf-8")
     assert page == reference.describe(), "run: python -m configs.reference > docs/configuration.md"

@@ -15,7 +15,14 @@ from made_router import made_router_run
 
 from configs.errors import InputError, WatchtowerError
 from trainer.router_data import RouterData, RouterPlan
-from trainer.router_task import RouterTask, binned_auc, captured_value, crm_checkpoint, load_crm_tables
+from trainer.router_task import (
+    RouterTask,
+    _new_folder,
+    binned_auc,
+    captured_value,
+    crm_checkpoint,
+    load_crm_tables,
+)
 from trainer.step_trace import router_feature_counts
 from trainer.workers import Workers
 
@@ -174,6 +181,14 @@ def test_features_are_made_once_and_for_their_inputs_alone(data, tmp_path, monke
     other = data.config.model_copy(update={"router": data.config.router.model_copy(update={"history": 3})})
     RouterData(other, folder).write_features(alone)
     assert [path.name for path in (folder / "router_features").iterdir()] != [made.name]
+
+
+def test_scores_are_written_into_a_folder_of_their_own_and_those_of_killed_runs_go(tmp_path):
+    of_another = _new_folder(tmp_path / "capts" / "seed=10")
+    left = [_new_folder(tmp_path / "capts" / "seed=1"), tmp_path / "capts" / ".seed=1.writing"]
+    left[1].mkdir()
+    mine = _new_folder(tmp_path / "capts" / "seed=1")
+    assert mine not in left and set((tmp_path / "capts").iterdir()) == {mine, of_another}
 
 
 def test_scales_are_of_the_fitted_triggers(data):

@@ -1,11 +1,13 @@
 """Secrets never enter messages, events, the saved config or any other file of a run."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import secrets
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import load, save_resolved
 from configs.schema import Config
@@ -48,6 +50,31 @@ def test_the_values_of_secret_variables_are_taken_out_wherever_they_stand(monkey
     assert redact(f"failed with {SECRET}!") == f"failed with {HIDDEN}!"
     assert redact("/tmp/folder/token") == "/tmp/folder/token"
     assert redacted({"a": [SECRET, 1, None], SECRET: (SECRET,)}) == {"a": [HIDDEN, 1, None], HIDDEN: [HIDDEN]}
+
+
+def thorough(text):
+    """`redact` without a look at what a text could hold: every rule, every variable."""
+    for pattern, instead in secrets._RULES:
+        text = pattern.sub(instead, text)
+    found = {value for name, value in os.environ.items()
+             if len(value) >= secrets._LEAST_LENGTH and secrets._SECRET_VARIABLE.search(name.upper())}
+    for value in sorted(found, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+PIECES = st.sampled_from([
+    "s3://", "@", ":", "=", " ", "/", "?", "&", "'", "user", "Bearer", "bEARER \t", "Authorization",
+    "pa\u017f\u017fword", "to\u212aen", "api_\u212aey", "AKIA", "ASIA", "ABCDEFGHIJ012345", "secret_key", "sig",
+    "token", "value", "value-of-mine", "-of-mine", "12345678", "\n"])
+
+
+@given(st.lists(PIECES | st.text(max_size=3)).map("".join), st.sampled_from(["MY_TOKEN", "my_password", "MY_PLACE"]))
+def test_the_quick_look_changes_nothing(text, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "value-of-mine")
+        assert redact(text) == thorough(text)
+    assert redact(text) == thorough(text)
 
 
 @given(st.text())

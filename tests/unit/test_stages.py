@@ -219,7 +219,8 @@ def test_what_a_killed_run_left_half_written_is_swept_away(tmp_path):
     kept = [tmp_path / name for name in ("stages/crm.outcome.json", "routing/capts.parquet", "ray/x.tmp", "a/b.json")]
     gone = [tmp_path / name for name in (
         "metrics.json.47.tmp", "stages/.crm.json.47.tmp", "evaluation/ceiling.47.tmp/q", "routing/.capts.parquet.tmp",
-        "stages/crm.outcome.json.0.47", f"channels/swing/.1.attempt-{'0' * 32}.tmp/neighbors.parquet")]
+        "stages/crm.outcome.json.0.47", f"channels/swing/.1.attempt-{'0' * 32}.tmp/neighbors.parquet",
+        "checkpoints/dnn/seed=0/.step-40.3f9c.writing/dense.json", "evaluation/routing/capts/.seed=0.writing/scores")]
     for path in kept + gone:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
