@@ -21,8 +21,10 @@ import fnmatch
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -205,12 +207,13 @@ def submit(config: Config, arguments: argparse.Namespace) -> int:
                 entrypoint=entrypoint(None if sends_code else (folder / CONFIG_NAME).read_text(encoding="utf-8")),
                 submission_id=job, runtime_env=runtime,
                 metadata={"watchtower": version(), "name": config.name, "run_dir": config.run_dir})
-    say(f"job {job} is sent")
+    sent = f"job {job} is sent"
     if arguments.no_wait:
+        say(sent)
         say(_how_to_go_on(job, arguments.address))
         return 0
     with _told(job, arguments.address):
-        return _follow(client, job, arguments.address)
+        return _follow(client, job, arguments.address, sent)
 
 
 def _new_id(name: str) -> str:
@@ -285,33 +288,67 @@ def _print_log(client: JobSubmissionClient, job: str) -> int:
     return 0
 
 
-def _follow(client: JobSubmissionClient, job: str, address: str | None) -> int:
-    """Print the log until the job ends; the run's exit code. Ctrl-C detaches."""
+def _follow(client: JobSubmissionClient, job: str, address: str | None, begin: str | None = None) -> int:
+    """Print `begin`, then the log until the job ends; the run's exit code. Ctrl-C detaches from then on."""
     try:
-        shown, failed = 0, 0
-        while True:
-            before = shown
-            broke = None
-            try:
-                for text in _tail(client, job, shown):
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
-                    shown += len(text)
-            except (RuntimeError, OSError) as error:  # the connection broke, or the log is not there yet
-                broke = error
-            try:
-                details = client.get_job_info(job)
-                if details.status.is_terminal() and broke is None:
-                    return _ended(job, details)
-            except (RuntimeError, OSError) as error:
-                broke = broke or error
-            failed = 0 if broke is None or shown > before else failed + 1
-            if failed >= TRIES:
-                raise broke
-            time.sleep(PAUSE_S if failed else LOOK_EVERY_S)
+        with _heard_ctrl_c() as heard:
+            if begin is not None:
+                say(begin)
+            return _follow_to_the_end(client, job, heard)
     except KeyboardInterrupt:
         say(f"\njob {job} was not stopped: {_how_to_go_on(job, address)}", "warning", sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _heard_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Gives what raises KeyboardInterrupt once Ctrl-C was pressed: Python drops one that comes while it runs a
+    finalizer, and the network code that follows a log has many."""
+    pressed = False
+
+    def press(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def heard() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _follow_to_the_end(client: JobSubmissionClient, job: str, heard: Callable[[], None]) -> int:
+    shown, failed = 0, 0
+    while True:
+        before = shown
+        broke = None
+        try:
+            for text in _tail(client, job, shown):
+                heard()
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                shown += len(text)
+        except (RuntimeError, OSError) as error:  # the connection broke, or the log is not there yet
+            broke = error
+        heard()
+        try:
+            details = client.get_job_info(job)
+            if details.status.is_terminal() and broke is None:
+                return _ended(job, details)
+        except (RuntimeError, OSError) as error:
+            broke = broke or error
+        failed = 0 if broke is None or shown > before else failed + 1
+        if failed >= TRIES:
+            raise broke
+        time.sleep(PAUSE_S if failed else LOOK_EVERY_S)
 
 
 def _tail(client: JobSubmissionClient, job: str, shown: int) -> Iterator[str]:
