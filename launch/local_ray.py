@@ -124,6 +124,9 @@ def worker_environment(config: Config, *, local: bool) -> dict[str, str]:
         found["DS_ACCELERATOR"] = "cpu"
     if local:
         found |= {"RAY_AUTH_MODE": "token", "GLOO_SOCKET_IFNAME": "lo", "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+                  # Each of these is a process or a thread more in a group, for what one machine alone cannot need:
+                  # nobody takes its node away, and nobody reads Ray's own metrics.
+                  "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0",
                   # Ray's switch for one machine alone, whatever its name says: the node's address is the loopback one.
                   LOOPBACK_SWITCH: "0"}
     return {name: os.environ.get(name, value) for name, value in found.items()}

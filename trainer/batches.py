@@ -25,6 +25,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.conditions import WatchBuckets, returns
+from trainer.dropout import place_keys
 from trainer.windows import BatchRows, TargetViews, target_rows
 
 GAP_BUCKETS = 32
@@ -62,7 +63,8 @@ class WindowBatch:
     place_V: position b * P + p of each. item_V: index into the items. watch_bucket_V: what was watched of x_i (0:
     unknown). condition_bucket_V: W_i. hour_V: 0 unknown, else 1 + hour of the day of the request. gap_V: 0 unknown,
     else the log bucket of the time since the last view. read_R: the packed positions that user vectors are read at,
-    the targets in training and the last ones of requests. user_B: user ids, for messages. windows, positions: B, P.
+    the targets in training and the last ones of requests. user_B: user ids, for messages. row_B: the window's row in
+    the batch of all workers. windows, positions: B, P.
     target_row_G, target_log_q_G (float32): item and log q of the targets of all workers in rank order, the columns of
     the softmax; targets_per_rank: how many of them are each worker's. Empty in a batch of requests.
     """
@@ -76,11 +78,17 @@ class WindowBatch:
     gap_V: Tensor
     read_R: Tensor
     user_B: Tensor
+    row_B: Tensor
     windows: int
     positions: int
     target_row_G: Tensor
     target_log_q_G: Tensor
     targets_per_rank: list[int]
+
+    @property
+    def key_V(self) -> Tensor:
+        """int64 (V,): what each packed position is in the global batch, for dropout."""
+        return place_keys(self.row_B, self.place_V, self.positions)
 
     def to(self, device: torch.device) -> WindowBatch:
         return moved(self, device)
@@ -185,6 +193,7 @@ class Collation:
         length_B = columns["length"]
         keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
         condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
+        columns["row"] = rows.rank + np.arange(len(length_B)) * rows.workers
         return self._finish(features, columns, condition_BP, length_B, columns["target"], target_row_by_rank)
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
@@ -260,6 +269,7 @@ class Collation:
             condition_bucket_V=packed(self.buckets.encode(wanted_BP)), hour_V=packed(hour_BP), gap_V=packed(gap_BP),
             read_R=torch.from_numpy(np.flatnonzero(read_BP.ravel()[place_V])),
             user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
+            row_B=torch.from_numpy(columns.get("row", np.arange(len(inside_BP)))),
             windows=len(inside_BP), positions=inside_BP.shape[1],
             target_row_G=torch.from_numpy(target_row_G),
             target_log_q_G=torch.from_numpy(features.log_q_N[target_row_G]),

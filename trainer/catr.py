@@ -32,8 +32,9 @@ from torch.nn import functional as F
 
 from configs.schema import RouterConfig, RouterModelConfig
 from trainer.crm import FeatureSizes
+from trainer.dropout import Dropout
 from trainer.router_data import FeatureScales, RouterBatch
-from trainer.towers import Dropout, ItemEncoder, WatchLookup
+from trainer.towers import ItemEncoder, WatchLookup
 
 EPSILON = 1e-3  # of Eq. 7: a trigger that was given up costs -log(eps) = 6.9 when it is worth something
 
@@ -136,12 +137,12 @@ class ChannelHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.dropout = Dropout(dropout)
 
-    def forward(self, shared_TD: Tensor, own_TCF: Tensor) -> Tensor:
-        """float (T, C), logits."""
+    def forward(self, shared_TD: Tensor, own_TCF: Tensor, key_T: Tensor) -> Tensor:
+        """float (T, C), logits; key_T: what the triggers are, for dropout."""
         hidden_TCH = self.shared(shared_TD).unflatten(1, self.out.shape)
         if self.own is not None:
             hidden_TCH = hidden_TCH + torch.einsum("tcf,cfh->tch", own_TCF, self.own)
-        return torch.einsum("tch,ch->tc", self.dropout(F.gelu(hidden_TCH)), self.out) + self.bias
+        return torch.einsum("tch,ch->tc", self.dropout(F.gelu(hidden_TCH), key_T), self.out) + self.bias
 
 
 class CatrModel(nn.Module):
@@ -218,20 +219,20 @@ class CatrModel(nn.Module):
 
     def _predict(self, batch: RouterBatch, tables: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of v, v' and u, float32 (T, C)."""
-        shared_TD, own_TCF = self._encode(batch, tables)
-        logit_TC = self.value_heads(shared_TD, own_TCF).float()
+        known = *self._encode(batch, tables), batch.key_T
+        logit_TC = self.value_heads(*known).float()
         value_TC = torch.sigmoid(logit_TC)
         if self.correction_heads is not None:
-            correction_TC = self.correction_heads(shared_TD, own_TCF).float()
+            correction_TC = self.correction_heads(*known).float()
             value_TC = bounded_correction(value_TC, correction_TC, self.correction)
         if self.uniqueness_heads is None:
             return logit_TC, value_TC, None
-        return logit_TC, value_TC, torch.sigmoid(self.uniqueness_heads(shared_TD, own_TCF).float())
+        return logit_TC, value_TC, torch.sigmoid(self.uniqueness_heads(*known).float())
 
     def _encode(self, batch: RouterBatch, tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[h_u; h_x; z_x] float (T, 3D) and the lists' features float (T, C, 2F)."""
         dtype = self.view.weight.dtype
-        item_UD = self.dropout(self.items(batch.items, tables))
+        item_UD = self.dropout(self.items(batch.items, tables), batch.items.row_U)
         view_VD = self.view_norm(F.embedding(batch.item_V, self.view(item_UD)) + self.watch(batch.watch_bucket_V)
                                  + self.ago(batch.ago_V))
         user_RD = _mean_of_each(view_VD, batch.request_V, batch.requests)

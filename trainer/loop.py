@@ -5,8 +5,9 @@ One model and one seed at a time, on all workers together. What is trained is a 
 knows neither Ray nor anything of a task beyond `(loss, extras)`. The engine trains the towers, the tables train
 themselves in the backward pass.
 
-Every random number of a step is a function of (seed, epoch, step) and, for dropout, the rank: a run that continues
-from a checkpoint needs no saved generator to draw the same ones.
+Every random number of a step is a function of (seed, epoch, step) and, for dropout, of what a row is
+(trainer/dropout.py; on a GPU: of the rank). So a run that continues from a checkpoint, on any number of workers, draws
+the same ones and needs no saved generator.
 """
 
 from __future__ import annotations
@@ -376,7 +377,7 @@ def _train_epoch(running: _Running, plan: Plan, position: Position) -> None:
     log = StepLog(running, plan, position, batches)
     running.engine.train()
     for batch, lookup, upcoming in _looked_up(running, batches):
-        torch.manual_seed(_step_seed(task.seed, position.epoch, position.step, workers.rank))
+        _seed_step(task.seed, position, workers)
         loss = _step(running, batch, lookup, upcoming, position)
         position.step += 1
         position.global_step += 1
@@ -463,8 +464,15 @@ def _stop_not_finite(running: _Running, batch: Batch, position: Position, what: 
         f"{running.task.settings.rates_are}")
 
 
-def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+def _seed_step(seed: int, position: Position, workers: Workers) -> None:
+    """Alike on all workers, as `trainer.dropout` wants it; a GPU's own generator, whose masks know no row, is not."""
+    def drawn(*more: int) -> int:
+        numbers = [seed, position.epoch, position.step, *more]
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+    torch.manual_seed(drawn())
+    if workers.device.type == "cuda":
+        torch.cuda.manual_seed(drawn(workers.rank))
 
 
 @contextmanager

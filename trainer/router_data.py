@@ -32,6 +32,7 @@ from configs.schema import Config, RouterModelConfig
 from embeddings.snapshots import read_manifest, remove
 from trainer.batches import ItemBatch, ItemFeatures, moved
 from trainer.conditions import WatchBuckets
+from trainer.dropout import place_keys
 from trainer.item_statistics import StatisticsSnapshots
 from trainer.item_value import FOLDER as ITEM_VALUE
 from trainer.item_value import REQUESTS_AT_ONCE, TOPS, ItemValue, candidates, expected_hits, load_item_value
@@ -53,7 +54,8 @@ COMPLETION_MAX = 3.0  # of a watch time over the duration; loops of short videos
 class RouterBatch:
     """B requests with their T triggers and V recent effective views. Integers are int64.
 
-    items: the U distinct items of triggers and views, and the users' features. user_B: user ids.
+    items: the U distinct items of triggers and views, and the users' features. user_B: user ids. row_B: the request's
+    row in the batch of all workers.
     request_T, request_V: the request of each. place_T, place_V: request * widest + place within the request.
     item_T, item_V: index into the items. watch_bucket_V: what was watched of the view, 0 unknown. ago_V: 0 the latest.
     trigger_TF, list_TCF: float32 features, NaN where unknown. triggers, views: widest request.
@@ -64,6 +66,7 @@ class RouterBatch:
 
     items: ItemBatch
     user_B: Tensor
+    row_B: Tensor
     request_T: Tensor
     place_T: Tensor
     item_T: Tensor
@@ -83,6 +86,11 @@ class RouterBatch:
     requests: int
     triggers: int
     views: int
+
+    @property
+    def key_T(self) -> Tensor:
+        """int64 (T,): what each trigger is in the batch of all workers, for dropout."""
+        return place_keys(self.row_B, self.place_T, self.triggers)
 
     def to(self, device: torch.device) -> RouterBatch:
         return moved(self, device)
@@ -405,7 +413,7 @@ class RouterData:
                 validation: bool = False) -> Iterator[RouterBatch]:
         """One worker's share of each global batch of a plan, with the labels of the model's window."""
         for pairs in plan.batches(first_step):
-            parts, triggers = [], 0
+            parts, row_B, triggers = [], [np.zeros(0, np.int64)], 0
             mine = np.zeros(len(pairs), bool)
             mine[rank::workers] = True
             for number in np.unique(pairs[:, 0]):
@@ -416,15 +424,17 @@ class RouterData:
                 at_R = kind_R[pairs[of_shard & mine, 1]]
                 if len(at_R):
                     parts.append((shard, at_R, self._shard_labels(model.window, int(number))))
-            yield self.batch(parts, workers / triggers, workers / len(pairs))
+                    row_B.append(np.flatnonzero(of_shard & mine))
+            yield self.batch(parts, workers / triggers, workers / len(pairs), np.concatenate(row_B))
 
     def batch(self, parts: Sequence[tuple[RouterShard, np.ndarray, ShardLabels | None]], weight_of_trigger: float = 1.0,
-              weight_of_request: float = 1.0) -> RouterBatch:
+              weight_of_request: float = 1.0, row_B: np.ndarray | None = None) -> RouterBatch:
         """The batch of some requests.
 
         Args:
             parts: (shard, indices of its requests, the shard's labels or None) each. None at all gives a request of one
                 unknown item and weight 0, so that a worker without a request takes part in every collective.
+            row_B: int64, the requests' rows in the batch of all workers; None: it is this batch.
         """
         pieces = [self._piece(*part) for part in parts] or [self._nothing()]
         whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -436,7 +446,9 @@ class RouterData:
         item = item.ravel()
         real = np.float32(bool(parts))
         arrays = {
-            "user_B": whole["user"], "request_T": request_T, "place_T": request_T * triggers + within_T,
+            "user_B": whole["user"],
+            "row_B": row_B if row_B is not None and len(row_B) else np.arange(len(count_B)), "request_T": request_T,
+            "place_T": request_T * triggers + within_T,
             "item_T": item[:len(request_T)], "trigger_TF": whole["trigger"], "list_TCF": whole["list"],
             "request_V": request_V, "place_V": request_V * views + within_V, "item_V": item[len(request_T):],
             "watch_bucket_V": whole["bucket_V"], "ago_V": length_B[request_V] - 1 - within_V,

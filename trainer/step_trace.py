@@ -94,9 +94,9 @@ def trace_crm(config: Config, model: ModelConfig, sizes: FeatureSizes, tags_per_
         return WindowBatch(
             items=_items(items, rows, sizes, tags_per_item), place_V=place_V, item_V=torch.arange(items),
             watch_bucket_V=place_V % (buckets + 1), condition_bucket_V=place_V % (buckets + 1),
-            hour_V=place_V % (HOURS + 1), gap_V=place_V % 2, read_R=read_R, user_B=torch.arange(rows), windows=rows,
-            positions=positions, target_row_G=read_R, target_log_q_G=torch.zeros(len(read_R)),
-            targets_per_rank=[len(read_R)])
+            hour_V=place_V % (HOURS + 1), gap_V=place_V % 2, read_R=read_R, user_B=torch.arange(rows),
+            row_B=torch.arange(rows), windows=rows, positions=positions, target_row_G=read_R,
+            target_log_q_G=torch.zeros(len(read_R)), targets_per_rank=[len(read_R)])
 
     return _trace(module, batch_of, config.crm.tables.dim, sizes, _ids(config.crm, sizes, positions, tags_per_item),
                   targets, tower.dim + 1, on_gpu=on_gpu)
@@ -118,7 +118,8 @@ def trace_router(config: Config, model: RouterModelConfig, sizes: FeatureSizes, 
         labels = torch.zeros(len(of_T), channels)
         return RouterBatch(
             items=_items(len(of_T) + len(of_V), rows, sizes, tags_per_item), user_B=torch.arange(rows),
-            request_T=of_T // triggers, place_T=of_T, item_T=of_T, trigger_TF=torch.zeros(len(of_T), trigger_features),
+            row_B=torch.arange(rows), request_T=of_T // triggers, place_T=of_T, item_T=of_T,
+            trigger_TF=torch.zeros(len(of_T), trigger_features),
             list_TCF=torch.zeros(len(of_T), channels, list_features), request_V=of_V // views, place_V=of_V,
             item_V=len(of_T) + of_V, watch_bucket_V=of_V % (buckets + 1), ago_V=of_V % views, intensity_TC=labels,
             label_TC=labels.bool(), uniqueness_TC=labels, reward_ms_TC=labels.long(),

@@ -26,24 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.batches import GAP_BUCKETS, HOURS, ItemBatch, WindowBatch
-
-
-class Dropout(nn.Module):
-    """nn.Dropout; on a CPU the random numbers are drawn four at a time, which makes it several times faster. There the
-    rate is rounded to a multiple of 2^-16."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.rate)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = draws[:x.numel()].view(x.shape) >= round(self.rate * 2**16) - 2**15
-        return x * kept.to(x.dtype).mul_(1.0 / (1.0 - self.rate))
+from trainer.dropout import Dropout, RowMlp, place_keys
 
 
 class ItemEncoder(nn.Module):
@@ -61,7 +44,7 @@ class ItemEncoder(nn.Module):
         self.duration = nn.Embedding(duration_buckets, table_dim)
         nn.init.normal_(self.duration.weight, std=0.05)
         width = table_dim * (len(single) + 2) + content_dim
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, dim))
+        self.mlp = RowMlp(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, dim))
         # The id's row enters as it is: a map in between costs 5% of the conditioned recall (docs/experiments.md).
         self.identity = nn.Identity() if table_dim == dim else nn.Linear(table_dim, dim, bias=False)
 
@@ -75,7 +58,7 @@ class ItemEncoder(nn.Module):
         columns = [*single, tag_UD / count_U[:, None], self.duration(items.duration_bucket_U)]
         if items.content_UC is not None:
             columns.append(items.content_UC.to(dtype))
-        return self.identity(single[0]) + self.mlp(torch.cat(columns, dim=1))
+        return self.identity(single[0]) + self.mlp(torch.cat(columns, dim=1), items.row_U)
 
 
 class ItemTower(nn.Module):
@@ -145,7 +128,7 @@ class ViewEncoder(nn.Module):
     def forward(self, hidden_UD: Tensor, batch: WindowBatch) -> Tensor:
         """float (V, dim), x_i of every view."""
         token_VD = F.embedding(batch.item_V, self.item(hidden_UD)) + self.watch(batch.watch_bucket_V)
-        return self.dropout(self.norm(token_VD))
+        return self.dropout(self.norm(token_VD), batch.key_V)
 
 
 class RequestEncoder(nn.Module):
@@ -250,8 +233,8 @@ class DnnTower(nn.Module):
         super().__init__()
         self.condition = WatchLookup(dim, watch_views) if conditioned else None
         width = (PastPath.width(dim) if past_path else dim * len(DECAYS)) + dim * (conditioned + context) + 1
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, hidden),
-                                 nn.GELU(), nn.Linear(hidden, out_dim))
+        self.mlp = RowMlp(nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, hidden), nn.GELU(),
+                          nn.Linear(hidden, out_dim))
         self.shortcut = nn.Linear(dim, out_dim, bias=False) if conditioned else None
         self.past = PastPath(dim, hidden, out_dim, conditioned) if past_path else None
 
@@ -269,7 +252,7 @@ class DnnTower(nn.Module):
             columns.append(condition_RD)
         if context_RD is not None:
             columns.append(context_RD)
-        user_RD = self.mlp(torch.cat(columns, dim=1))
+        user_RD = self.mlp(torch.cat(columns, dim=1), batch.key_V[batch.read_R])
         if self.past is not None:
             user_RD = user_RD + self.past(past_RE, condition_RD)
         return user_RD if self.condition is None else user_RD + self.shortcut(condition_RD)
@@ -293,27 +276,31 @@ class TransformerLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop = Dropout(dropout)
 
-    def forward(self, x_SD: Tensor, place_S: Tensor, windows: int, tokens: int) -> Tensor:
-        """float (S, D) to the same; place_S: b * tokens + t of each packed token, rising."""
+    def forward(self, x_SD: Tensor, place_S: Tensor, tokens: int, row_B: Tensor) -> Tensor:
+        """float (S, D) to the same; place_S: b * tokens + t of each packed token, rising; row_B: the windows' rows in
+        the global batch."""
+        windows, key_S = len(row_B), place_keys(row_B, place_S, tokens)
         normed_SD = self.norm_attention(x_SD)
         query_value_key = torch.cat([self.query_value(normed_SD), self.key(normed_SD)], dim=1)
         grid = _unpacked(query_value_key, place_S, windows * tokens).view(windows, tokens, 3, self.heads, -1)
         query, value, key = grid.permute(2, 0, 3, 1, 4)
-        mixed = self._attention(query, key, value)
+        mixed = self._attention(query, key, value, row_B)
         mixed_SD = F.embedding(place_S, mixed.transpose(1, 2).reshape(windows * tokens, -1))
-        x_SD = x_SD + self.drop(self.out(mixed_SD))
-        return x_SD + self.drop(self.mlp(self.norm_mlp(x_SD)))
+        x_SD = x_SD + self.drop(self.out(mixed_SD), key_S)
+        return x_SD + self.drop(self.mlp(self.norm_mlp(x_SD)), key_S)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, row_B: Tensor) -> Tensor:
         """Causal attention with dropout on its weights, float (windows, heads, tokens, width of a head)."""
         if query.device.type != "cpu" or not self.training or self.drop.rate == 0.0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True,
                                                   dropout_p=self.drop.rate if self.training else 0.0)
-        # What torch does here on a CPU, but for its slow random numbers.
-        tokens = query.shape[2]
+        # What torch does here on a CPU, but for its random numbers.
+        heads, tokens = query.shape[1:3]
+        row_N = (row_B[:, None] * heads + torch.arange(heads)).flatten()
+        key_N = place_keys(row_N, torch.arange(len(row_N) * tokens), tokens)
         later = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype).triu(1)
         weight = torch.softmax(query @ (key * query.shape[3] ** -0.5).transpose(2, 3) + later, dim=3)
-        return self.drop(weight) @ value
+        return self.drop(weight.flatten(0, 2), key_N).view(weight.shape) @ value
 
 
 class DecisionTransformerTower(nn.Module):
@@ -359,7 +346,7 @@ class DecisionTransformerTower(nn.Module):
         sequence_SD = torch.stack([wanted_VD, token_VD], dim=1).flatten(0, 1)
         place_S = torch.stack([2 * batch.place_V, 2 * batch.place_V + 1], dim=1).flatten()
         for layer in self.layers:
-            sequence_SD = layer(sequence_SD, place_S, batch.windows, 2 * batch.positions)
+            sequence_SD = layer(sequence_SD, place_S, 2 * batch.positions, batch.row_B)
         return F.embedding(2 * batch.read_R, sequence_SD)
 
     def _unconditioned(self, token_VD: Tensor, batch: WindowBatch) -> Tensor:
@@ -368,5 +355,5 @@ class DecisionTransformerTower(nn.Module):
         before_VD = torch.where(first_V[:, None], self.start(torch.zeros_like(batch.item_V[:1])),
                                 token_VD.roll(1, dims=0))
         for layer in self.layers:
-            before_VD = layer(before_VD, batch.place_V, batch.windows, batch.positions)
+            before_VD = layer(before_VD, batch.place_V, batch.positions, batch.row_B)
         return F.embedding(batch.read_R, before_VD)

@@ -94,7 +94,7 @@ def towers(tower, sharding="auto"):
     from trainer.crm import CrmModel, FeatureSizes, table_specs
 
     config = CrmConfig.model_validate({
-        "tower": {"dim": 16, "history": 10, "layers": 2, "heads": 2, "hidden": 24, "dropout": 0.0,
+        "tower": {"dim": 16, "history": 10, "layers": 2, "heads": 2, "hidden": 24, "dropout": 0.2,
                   "past_path": tower == "decision_transformer"},
         "tables": {"dim": 8, "sharding": sharding, "init_std": 0.3}, "condition": {"buckets": 40, "max_s": 1000.0}})
     sizes = FeatureSizes.of(made_world()[3])
@@ -112,7 +112,10 @@ def plain_run(tower, name, steps=STEPS):
     module, specs = towers(tower)
     weights = {spec.name: torch.cat([rows for _, rows in initial_rows(SEED, spec, 0, spec.rows)]) for spec in specs}
     plain = PlainCrm(module, weights, **OPTIMIZERS[name])
-    losses = [plain.step(batch) for batch in batches(0, 1, steps)]
+    losses = []
+    for step, batch in enumerate(batches(0, 1, steps)):
+        torch.manual_seed(step)  # as the loop does it, alike on all workers: what is dropped is the same
+        losses.append(plain.step(batch))
     tensors = {f"table/{table}": weight.detach().numpy() for table, weight in plain.tables.items()}
     return losses, tensors | {key: value.detach().numpy() for key, value in module.named_parameters()}
 
@@ -143,7 +146,8 @@ def _sharded_run(made, tower, stage, sharding, name, mistake=None):
     try:
         with DenseEngine(module, EngineSpec(zero_stage=stage, **settings), device="cpu") as engine:
             upcoming = tables.begin(made[0].items.features)
-            for batch, following in zip(made, [*made[1:], None], strict=True):
+            for step, (batch, following) in enumerate(zip(made, [*made[1:], None], strict=True)):
+                torch.manual_seed(step)
                 lookup = upcoming  # as the loop does it: the next batch's ids travel during this step
                 upcoming = None if following is None else tables.begin(following.items.features)
                 rows = lookup.rows()

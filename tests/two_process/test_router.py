@@ -99,7 +99,10 @@ def plain_run(folder, name):
     module, specs = router_of(data)
     weights = {spec.name: torch.cat([rows for _, rows in initial_rows(SEED, spec, 0, spec.rows)]) for spec in specs}
     plain = PlainCrm(module, weights, **OPTIMIZERS[name])
-    losses = [plain.step(batch) for batch in made]
+    losses = []
+    for step, batch in enumerate(made):
+        torch.manual_seed(step)  # as the loop does it, alike on all workers: what is dropped is the same
+        losses.append(plain.step(batch))
     tensors = {f"table/{table}": weight.detach().numpy() for table, weight in plain.tables.items()}
     return losses, tensors | {key: value.detach().numpy() for key, value in module.named_parameters()}
 
@@ -115,7 +118,8 @@ def sharded_run(data, made, name, stage):
                            learning_rate=settings.pop("table_learning_rate"), seed=SEED)
     workers, losses = Workers.joined(torch.device("cpu")), []
     with DenseEngine(module, EngineSpec(zero_stage=stage, **settings), device="cpu") as engine:
-        for batch in made:
+        for step, batch in enumerate(made):
+            torch.manual_seed(step)
             loss, _ = engine("loss", batch, tables(batch.items.features))
             losses.append(workers.mean(loss))
             engine.backward(loss)

@@ -27,7 +27,7 @@ STOP_MID = 20  # a checkpoint in the middle of the second epoch
 
 
 def config_of(case: str, **train) -> Config:
-    tower = {"dim": 8, "history": 6, "layers": 1, "heads": 2, "hidden": 16, "dropout": train.pop("dropout", 0.1)}
+    tower = {"dim": 8, "history": 6, "layers": 1, "heads": 2, "hidden": 16, "dropout": 0.1}
     return Config(
         data={"shards": 4}, split={"validation_days": 1, "test_days": 1, **train.pop("split", {})},
         crm={"models": [TRANSFORMER, MLP, PLAIN], "tower": tower, "tables": {"dim": 8}},
@@ -298,14 +298,14 @@ def damaged(root, rank, workers):
 
 
 def portable(root, rank, workers):
-    """Without dropout in the towers a step does not know the number of workers."""
+    """A step does not know the number of workers, what it drops out neither."""
     told = {}
     for model in (TRANSFORMER, MLP):
         run = Run(root, "world", f"two-{model.name}", rank, workers)
-        run.train(config_of("two", dropout=0.0), model)
+        run.train(config_of("two"), model)
         told[run.folder.name] = run.told()
         run = Run(root, "world", f"moved-{model.name}", rank, workers)
-        run.train(config_of("two", dropout=0.0), model, after_step(STOP_MID + 1))
+        run.train(config_of("two"), model, after_step(STOP_MID + 1))
         if rank == 0:
             shutil.copytree(run.folder, root / "runs" / f"spread-{model.name}", symlinks=True)
         run.workers.barrier()
@@ -321,7 +321,7 @@ def loaded(run, model):
     from trainer.crm_task import CrmTask
     from trainer.engine import gather_dense
 
-    data = run.data(config_of("two", dropout=0.0))
+    data = run.data(config_of("two"))
     task = CrmTask(data, model, 0)
     running, position = loop._start(task, task.plans(), run.workers, silent)
     tensors, steps = gather_dense(running.engine)
@@ -393,7 +393,7 @@ def few_rows(root, rank, workers):
     for rows in (1, 2, 3):
         run = Run(root, "three", f"rows-{rows}-over-{workers}", rank, workers)
         # The config is that of one worker, so that 1 and 3 rows are allowed; there are two all the same.
-        config = config_of("three", dropout=0.0, batch_rows=rows, workers=1)
+        config = config_of("three", batch_rows=rows, workers=1)
         data = run.data(config)
         run.train(config, TRANSFORMER, data=data)
         plan = data.plan(TRANSFORMER, 0, 0, data.slices[0])
@@ -455,7 +455,7 @@ def one_worker(rank, workers, root):
     for model in (TRANSFORMER, MLP):
         run = Run(root, "world", f"moved-{model.name}", rank, workers)
         told[f"loaded-{model.name}"] = loaded(run, model)
-        run.train(config_of("two", dropout=0.0), model)
+        run.train(config_of("two"), model)
         told[run.folder.name] = run.told()
     return told | few_rows(root, rank, workers)
 
@@ -463,7 +463,7 @@ def one_worker(rank, workers, root):
 def four_workers(rank, workers, root):
     run = Run(root, "world", "spread-dt", rank, workers)
     told = {"loaded-dt": loaded(run, TRANSFORMER)}
-    run.train(config_of("two", dropout=0.0), TRANSFORMER)
+    run.train(config_of("two"), TRANSFORMER)
     return told | {"spread-dt": run.told()}
 
 

@@ -39,7 +39,8 @@ def made_batch(triggers, views, seed=0, weight=None):
     trigger_TF[rng.random(trigger_TF.shape) < 0.2] = np.nan
     weight_T = np.full(total, 1 / total if weight is None else weight, np.float32)
     arrays = {
-        "user_B": np.arange(len(triggers)), "request_T": request_T, "place_T": request_T * widest + within_T,
+        "user_B": np.arange(len(triggers)), "row_B": np.arange(len(triggers)), "request_T": request_T,
+        "place_T": request_T * widest + within_T,
         "item_T": rng.integers(0, ITEMS, total), "trigger_TF": trigger_TF,
         "list_TCF": rng.normal(size=(total, CHANNELS, LIST_FEATURES)).astype(np.float32), "request_V": request_V,
         "place_V": request_V * most + within_V, "item_V": rng.integers(0, ITEMS, int(views.sum())),
@@ -209,5 +210,6 @@ def test_a_request_is_scored_alike_alone_and_among_others(sizes, seed):
         for name in ("item_V", "watch_bucket_V", "ago_V"):
             setattr(alone, name, getattr(batch, name)[of_V])
         alone.request_V, alone.place_V = torch.zeros(int(of_V.sum()), dtype=torch.int64), torch.arange(int(of_V.sum()))
+        alone.row_B = batch.row_B[request:request + 1]
         alone.requests, alone.triggers, alone.views = 1, int(of_T.sum()), max(1, int(of_V.sum()))
         assert torch.allclose(module("score", alone, rows), together[of_T], atol=1e-5)

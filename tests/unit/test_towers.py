@@ -15,7 +15,7 @@ from trainer.catalogue import UserFeatures
 from trainer.conditions import WatchBuckets
 from trainer.crm import CrmModel, FeatureSizes, table_specs
 from trainer.requests import sample_requests
-from trainer.towers import Dropout, PastPath, WatchLookup, past_pools
+from trainer.towers import PastPath, WatchLookup, past_pools
 from trainer.windows import BatchRows, WindowRule, cut_windows
 
 ITEMS, HISTORY, DIM = 40, 9, 16
@@ -309,23 +309,6 @@ def test_dropout_of_next_to_nothing_changes_next_to_nothing(tower, condition):
     made = Made(tower, condition, dropout=1e-7)
     batch = made.windows(mixed_views())
     torch.testing.assert_close(in_training(made, batch), made.at_all(batch), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(1,), (3, 7), (200, 301)])
-def test_dropout_drops_its_share_and_keeps_the_mean(rate, shape):
-    drop = Dropout(rate)
-    x = torch.full(shape, 2.0, requires_grad=True)
-    torch.manual_seed(0)
-    y = drop(x)
-    kept = y != 0
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2.0 / (1 - rate)))
-    if y.numel() > 10_000:
-        assert abs(kept.float().mean().item() - (1 - rate)) < 0.01
-        assert abs((kept[:, 1:] & kept[:, :-1]).float().mean().item() - (1 - rate) ** 2) < 0.01  # neighbours are free
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, kept.float() / (1 - rate))
-    assert drop.eval()(x) is x
 
 
 def test_a_watch_time_lies_between_its_knots_and_leans_on_its_own_row_as_it_is_seen():
