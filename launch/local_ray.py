@@ -39,6 +39,7 @@ TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
 DRIVER = "driver.lock"  # in a local Ray's folder, held by the driver
+_OWN: list[Path] = []  # the folder of the local Ray that this process runs
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
                 (folder / DRIVER).unlink(missing_ok=True)
             raise WatchtowerError(f"a local Ray did not start ({_first_line(error)}); its logs: {folder}") from error
         keep_logs = False
+        _OWN[:] = [] if folder is None else [folder]
         try:
             _give_back_sigterm(on_sigterm)
             total = ray.cluster_resources()
@@ -212,6 +214,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
                 error.add_note(f"Ray's own logs: {folder}")
             raise
         finally:
+            _OWN.clear()
             ray.shutdown()
             if folder is not None:
                 if keep_logs:
@@ -228,6 +231,11 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             else:
                 os.environ[name] = value
         _tell_ray()
+
+
+def own_folder() -> Path | None:
+    """The folder of the local Ray that this process runs, for this user alone; None: a cluster, or none."""
+    return _OWN[0] if _OWN else None
 
 
 def write_token(folder: Path) -> Path:

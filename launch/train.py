@@ -125,9 +125,10 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
         WatchtowerError: what ended it, in one message: a worker's own error, or the first cause that one left.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from launch.local_ray import threads_per_worker, worker_limits
+    from launch.local_ray import own_folder, threads_per_worker, worker_limits
+    from launch.rendezvous import torch_config
 
     outcome, gpu, (least, most) = _outcome(run_dir, work), wants_gpu(config), worker_limits(config)
     trainer = TorchTrainer(
@@ -138,8 +139,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
         run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
                              failure_config=FailureConfig(max_failures=config.train.max_restarts),
                              callbacks=_callbacks(driver, outcome, config.train.grace_s)),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo",
-                                 timeout_s=int(config.train.timeout_s)))
+        torch_config=torch_config("nccl" if gpu else "gloo", int(config.train.timeout_s), own_folder()))
     try:
         trainer.fit()
     except Exception as error:

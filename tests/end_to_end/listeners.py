@@ -15,7 +15,7 @@ import time
 import psutil
 
 from configs.loader import load
-from launch.local_ray import start_ray
+from launch.local_ray import own_folder, start_ray
 
 INTRUDER = ("import logging, ray; ray.init(address='{}', logging_level=logging.CRITICAL, log_to_driver=False); "
             "print('inside', ray.get(ray.remote(lambda: 42).remote()))")
@@ -68,7 +68,9 @@ def main(folder: str) -> None:
     with start_ray(load("configs/smoke.yaml", [f"run_dir={folder}"])) as cluster:
         import ray
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from launch.rendezvous import torch_config
 
         gcs = ray.get_runtime_context().gcs_address
         callers = intruders(gcs)
@@ -76,7 +78,7 @@ def main(folder: str) -> None:
         watcher.start()
         TorchTrainer(worker, train_loop_config={"folder": folder}, scaling_config=ScalingConfig(num_workers=2),
                      run_config=RunConfig(name="listeners", storage_path=os.path.join(folder, "ray")),
-                     torch_config=TorchConfig(backend="gloo", timeout_s=120)).fit()
+                     torch_config=torch_config("gloo", 120, own_folder())).fit()
         watcher.join()
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         answers = {name: "inside" in caller.communicate(timeout=200)[0] for name, caller in callers.items()}
