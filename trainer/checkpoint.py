@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.errors import InputError, WatchtowerError
 from embeddings.snapshots import publish, remove, says_disk_full, verify
 from embeddings.table_state import TableState, capture_state, load_tables, write_state
 from embeddings.tables import ShardedTables
-from embeddings.untrusted import read_json
+from embeddings.untrusted import damaged, read_json
 from trainer.engine import (
     DenseEngine,
     EngineSpec,
@@ -282,9 +283,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_pending(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of the index that was pending; empty where there are none. Check the folder before."""
+    """The arrays of the index that was pending; empty where there are none. Check the folder before.
+
+    Raises:
+        WatchtowerError: the file is no safetensors file, or of a type that numpy does not have.
+    """
     path = folder / PENDING
-    return safetensors.numpy.load_file(path) if path.exists() else {}
+    try:
+        return safetensors.numpy.load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error, "remove this checkpoint; training goes on from the one before") from error
 
 
 def checkpoints(parent: Path) -> list[Path]:

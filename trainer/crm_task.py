@@ -114,7 +114,7 @@ class CrmTask:
         return None if rebuild is None else Pending(asdict(rebuild.version), rebuild.arrays())
 
     def begin_again(self, pending: Pending) -> None:
-        self._rebuilder.submit(Rebuild(Version(**pending.facts), **pending.arrays))
+        self._rebuilder.submit(Rebuild.from_arrays(Version(**pending.facts), pending.arrays))
 
     def best(self, results: Sequence[PublishedIndex]) -> PublishedIndex | None:
         """The epoch with the best validation recall@100; the last one where nothing was validated."""

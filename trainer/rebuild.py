@@ -11,7 +11,7 @@ Shape suffixes: N = items, Q = requests, D = width of index vectors, K = length 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from configs.errors import QualityGateError
 from configs.schema import IndexConfig
 from embeddings.index import INDEX_FILES, IndexSpec, ItemIndex
 from embeddings.snapshots import publish, verify
+from embeddings.untrusted import damaged
 from trainer.batches import Collation, ItemFeatures
 from trainer.metrics import retrieval_metrics
 from trainer.requests import Requests
@@ -220,6 +221,26 @@ class Rebuild:
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, as a checkpoint keeps them."""
         return {name: np.ascontiguousarray(getattr(self, name)) for name in ("vectors_ND", "item_ids_N", "query_QD")}
+
+    @classmethod
+    def from_arrays(cls, version: Version, arrays: Mapping[str, np.ndarray]) -> Rebuild:
+        """Of a checkpoint.
+
+        Raises:
+            WatchtowerError: they are not what `arrays` gave.
+        """
+        try:
+            found = cls(version, **arrays)
+            vectors, ids, queries = found.vectors_ND, found.item_ids_N, found.query_QD
+            if (vectors.ndim, ids.ndim, queries.ndim) != (2, 1, 2) or len(vectors) != len(ids) or (
+                    len(queries) and queries.shape[1] != vectors.shape[1]):
+                raise ValueError(f"shapes {vectors.shape}, {ids.shape}, {queries.shape}")
+            if (vectors.dtype, ids.dtype, queries.dtype) != (np.float32, np.int64, np.float32):
+                raise ValueError(f"types {vectors.dtype}, {ids.dtype}, {queries.dtype}")
+        except (TypeError, ValueError) as error:
+            raise damaged("the pending index of a checkpoint", error,
+                          "remove the checkpoint; training goes on from the one before") from error
+        return found
 
 
 class IndexRebuilder:

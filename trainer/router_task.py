@@ -48,7 +48,7 @@ from trainer.item_value import FOLDER
 from trainer.loop import Forward, Pending, Position, Settings, Trained, Write, load_towers
 from trainer.router_data import RouterBatch, RouterData, RouterPlan
 from trainer.router_shards import RouterShard
-from trainer.routing_evaluation import SCORES, VALIDATION
+from trainer.routing_evaluation import SCORES, VALIDATION, score_schema
 from trainer.sequences import test_users_identity
 from trainer.triggers import TriggerRequests
 from trainer.workers import Workers
@@ -371,7 +371,7 @@ def _write_scores(path: Path, data: RouterData, forward: Forward, shares: Iterat
     Returns:
         requests and rows.
     """
-    writer = pq.ParquetWriter(path, _score_schema(len(data.channels))) if workers.first else None
+    writer = pq.ParquetWriter(path, score_schema(len(data.channels))) if workers.first else None
     rows, requests = 0, 0
     for share in shares:
         asked = share.asked
@@ -398,12 +398,6 @@ def _score_share(data: RouterData, forward: Forward, share: _Share, workers: Wor
         score_TD = forward("score", batch.to(workers.device)).float()
         parts.append(score_TD if len(at_R) else score_TD[:0])
     return torch.cat(parts)
-
-
-def _score_schema(channels: int) -> pa.Schema:
-    lists = pa.list_(pa.float32(), channels)
-    return pa.schema([("request_id", pa.int64()), ("position", pa.int32()), ("trigger_item_id", pa.int64()),
-                      ("value", lists), ("uniqueness", lists)])
 
 
 def _fixed(x_TC: np.ndarray) -> pa.FixedSizeListArray:

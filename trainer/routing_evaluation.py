@@ -144,6 +144,13 @@ def training_part(run: Run, number: int) -> list[TrainingShard]:
 
 # ---------------------------------------------------------------------------------------------------- router scores
 
+def score_schema(channels: int) -> pa.Schema:
+    """The columns of a file of scores: one row a trigger, by request and position."""
+    lists = pa.list_(pa.float32(), channels)
+    return pa.schema([("request_id", pa.int64()), ("position", pa.int32()), ("trigger_item_id", pa.int64()),
+                      ("value", lists), ("uniqueness", lists)])
+
+
 @dataclass(frozen=True)
 class RouterScores:
     """A router's published scores of all test requests.
@@ -156,6 +163,7 @@ class RouterScores:
     seed: int
     folder: Path
     beta: float
+    channels: int
     file: str = SCORES
 
     @classmethod
@@ -170,20 +178,29 @@ class RouterScores:
         if channels != run.snapshots.names:
             raise InputError(f"{folder}: scores of channels {channels}, but channels.names is {run.snapshots.names}; "
                              "run watchtower train router again")
-        return cls(name, seed, folder, run.config.routing.beta if diversity else 0.0, file)
+        return cls(name, seed, folder, run.config.routing.beta if diversity else 0.0, len(channels), file)
 
     def of(self, number: int) -> pa.Table:
-        """The rows of a shard, in the order of its triggers."""
+        """The rows of a shard, in the order of its triggers.
+
+        Raises:
+            WatchtowerError: the file does not hold what a router writes.
+        """
         path, parts = self.folder / self.file, []
         try:
             with pa.memory_map(str(path)) as source:
                 parquet = open_parquet(source, str(path))
+                if not parquet.schema_arrow.equals(score_schema(self.channels)):
+                    raise pa.ArrowInvalid(f"its columns are {', '.join(map(str, parquet.schema_arrow))}")
                 for group in range(parquet.num_row_groups):
                     shard = pc.shift_right(parquet.read_row_group(group, ["request_id"])["request_id"], 32)
                     inside = pc.equal(shard, number)
                     if pc.any(inside).as_py():
                         parts.append(parquet.read_row_group(group).filter(inside))
-                return (pa.concat_tables(parts) if parts else parquet.schema_arrow.empty_table()).combine_chunks()
+                rows = (pa.concat_tables(parts) if parts else parquet.schema_arrow.empty_table()).combine_chunks()
+                if any(column.null_count for column in rows.columns):
+                    raise pa.ArrowInvalid("it has null values")
+                return rows
         except (pa.ArrowException, OSError) as error:
             raise damaged(path, error, "run watchtower train router again") from error
 

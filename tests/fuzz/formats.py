@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.numpy import save_file
 
 from configs.errors import WatchtowerError
 from configs.loader import load
@@ -33,14 +34,19 @@ from launch import run_folder, stages
 from launch.ingest import SerialExecutor, ingest
 from launch.train import _told
 from trainer import catalogue, item_statistics, kuairand_csv, logs
-from trainer.checkpoint import checkpoints, read_state
+from trainer.checkpoint import PENDING, checkpoints, read_pending, read_state
+from trainer.engine import EngineSpec, load_dense_parameters, write_dense
 from trainer.events import read_events
 from trainer.item_statistics import ItemStatistics
+from trainer.item_value import FOLDER as ITEM_VALUE
+from trainer.item_value import MODEL, ItemValue, load_item_value
 from trainer.labels import LISTS, Labels
 from trainer.neighbors import publish_neighbors as publish_lists
 from trainer.neighbors import read_neighbors, top_neighbors
+from trainer.rebuild import Rebuild, Version
 from trainer.report import results_table
-from trainer.results import failed_gates
+from trainer.results import assemble, failed_gates, write_evaluation
+from trainer.routing_evaluation import SCORES, RouterScores, score_schema
 from trainer.sequences import SequenceStore, split_times
 from trainer.vocabulary import Vocabulary
 from trainer.world import read_spec
@@ -312,12 +318,22 @@ def make_checkpoint(folder: Path) -> None:
 
     def files(into: Path) -> None:
         write_state(TableState(header, {"items/weight/0": torch.ones(5, 4)}), into, 0)
-        (into / "dense.json").write_text("{}")
-        (into / "dense.safetensors").write_bytes(b"")
+        dense = {f"{kind}/{name}": torch.full(tuple(value.shape), 0.5) for name, value in towers().named_parameters()
+                 for kind in ("parameter", "exp_avg", "exp_avg_sq")}
+        write_dense(into, dense, 7, EngineSpec(optimizer="adamw", learning_rate=0.1), {"global_steps": 7})
+        save_file(pending_index().arrays(), into / PENDING)
         (into / "state.json").write_text(json.dumps({"epoch": 1, "step": 0, "global_step": 7, "fingerprint": "a",
                                                      "indexes": []}))
 
     publish(folder / "seed=0" / "step-7", files, {"kind": "checkpoint", "global_step": 7})
+
+
+def towers() -> torch.nn.Module:
+    return torch.nn.Linear(3, 2)
+
+
+def pending_index() -> Rebuild:
+    return Rebuild(Version(1, 7, T0), np.ones((8, 4), np.float32), ITEMS, np.ones((2, 4), np.float32))
 
 
 def read_checkpoint(folder: Path) -> str:
@@ -328,6 +344,10 @@ def read_checkpoint(folder: Path) -> str:
     tables = SimpleNamespace(specs=[SimpleNamespace(name="items", rows=5, dim=4)], optimizer="sgd",
                              local_shards=lambda: [TableShard("items", "weight", 0, tensor)])
     load_tables(tables, path)
+    module = towers()
+    load_dense_parameters(module, path)
+    rebuild = Rebuild.from_arrays(Version(1, 7, T0), read_pending(path))
+    assert len(rebuild.vectors_ND) == len(rebuild.item_ids_N)
     return f"state of {len(state)} keys"
 
 
@@ -394,6 +414,56 @@ def results_table_of(folder: Path) -> str:
     return "" if metrics is None else stages.told(folder / "metrics.json", lambda: results_table(metrics))
 
 
+def make_evaluation(folder: Path) -> None:
+    queries = {"query_id": np.arange(4), "user_id": np.arange(4) // 2, "timestamp_ms": T0 + np.arange(4),
+               "watch_time_s": np.ones(4, np.float32), "target_item_id": ITEMS[:4]}
+    measured = {f"recall@{k}": np.asarray([0, 1, 1, np.nan], np.float32) for k in (10, 100)}
+    point = {"condition_s": 10.0, "retrieved_watch_s": 5.0, "recall@100": 0.1, "bucket_lift": 1.0, "n": 4}
+    write_evaluation(folder, "dnn", 0, queries, {"oracle": measured}, [point, {**point, "condition_s": 30.0}],
+                     {"epoch": 1, "train_s": 2.0, "index": {"recall_vs_exact": 1.0, "build_s": 0.1, "bytes": 9}})
+
+
+def read_evaluation(folder: Path) -> str:
+    config = Config.model_validate({"seeds": [0], "crm": {"models": [{"name": "dnn", "tower": "dnn"}]},
+                                    "evaluate": {"bootstrap": 5}})
+    metrics = stages.told(folder / "evaluation", lambda: assemble(folder, config))
+    json.dumps(metrics, allow_nan=False)
+    return f"{len(metrics['crm'])} models"
+
+
+def make_scores(folder: Path) -> None:
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.full(8, 0.5, np.float32)), 2)
+
+    def files(into: Path) -> None:
+        write(into / SCORES, pa.table([np.arange(4) // 2, np.asarray([1, 2, 1, 2], np.int32), ITEMS[:4], lists, lists],
+                                      schema=score_schema(2)))
+
+    publish(folder / "evaluation" / "routing" / "capts" / "seed=0", files, {"kind": "router scores",
+                                                                           "channels": ["swing", "content"]})
+
+
+def read_scores(folder: Path) -> str:
+    run = SimpleNamespace(folder=folder, snapshots=SimpleNamespace(names=["swing", "content"]), config=Config())
+    scores = RouterScores.open(run, "capts", 0, True)
+    rows = scores.of(0)
+    value_TC, score_TC = scores.matrices(rows, SimpleNamespace(
+        request_id_R=np.arange(2), trigger_offset_R1=np.asarray([0, 2, 4]), trigger_row_T=np.arange(1, 5),
+        position_T=np.asarray([1, 2, 1, 2])))
+    assert value_TC.shape == score_TC.shape == (4, 2)
+    return f"{len(value_TC)} triggers"
+
+
+def make_item_value(folder: Path) -> None:
+    model = ItemValue(3)
+    publish(folder / ITEM_VALUE, lambda into: save_file(
+        {name: value.numpy().copy() for name, value in model.state_dict().items()}, into / MODEL),
+        {"fingerprint": "a", "channels": ["swing"], "features": ["a", "b", "c"]})
+
+
+def read_item_value(folder: Path) -> str:
+    return f"{sum(value.numel() for value in load_item_value(folder).parameters())} parameters"
+
+
 def make_config(folder: Path) -> None:
     (folder / "base.yaml").write_text("train: {epochs: 2, batch_rows: 64}\nseeds: [0, 1]\n")
     (folder / "run.yaml").write_text(
@@ -451,6 +521,7 @@ def _made(name: str, table: Callable[[], pa.Table]) -> Callable[[Path], None]:
 
 
 SEQUENCES, INDEX, STEP = "run/sequences", f"m/{T0}-7", "seed=0/step-7"
+JUDGED, SCORED = "evaluation/dnn/seed=0", "evaluation/routing/capts/seed=0"
 FORMATS = [
     Format("logs", "logs.parquet", _made("logs.parquet", log_table), read_logs, kind="parquet"),
     Format("items", "items.parquet", _made("items.parquet", items_table), read_items, kind="parquet"),
@@ -470,6 +541,15 @@ FORMATS = [
     Format("checkpoint state", f"{STEP}/state.json", make_checkpoint, read_checkpoint, STEP, "json"),
     Format("checkpoint tables", f"{STEP}/tables-rank0.json", make_checkpoint, read_checkpoint, STEP, "json"),
     Format("checkpoint tensors", f"{STEP}/tables-rank0.safetensors", make_checkpoint, read_checkpoint, STEP),
+    Format("checkpoint towers", f"{STEP}/dense.safetensors", make_checkpoint, read_checkpoint, STEP),
+    Format("checkpoint header", f"{STEP}/dense.json", make_checkpoint, read_checkpoint, STEP, "json"),
+    Format("checkpoint pending", f"{STEP}/{PENDING}", make_checkpoint, read_checkpoint, STEP),
+    Format("evaluation queries", f"{JUDGED}/queries.parquet", make_evaluation, read_evaluation, kind="parquet"),
+    Format("evaluation curve", f"{JUDGED}/curve.json", make_evaluation, read_evaluation, kind="json"),
+    Format("evaluation summary", f"{JUDGED}/summary.json", make_evaluation, read_evaluation, kind="json"),
+    Format("router scores", f"{SCORED}/{SCORES}", make_scores, read_scores, SCORED, "parquet"),
+    Format("item value", f"{ITEM_VALUE}/{MODEL}", make_item_value, read_item_value, ITEM_VALUE),
+    Format("item value manifest", f"{ITEM_VALUE}/manifest.json", make_item_value, read_item_value, kind="json"),
     Format("sequences manifest", f"{SEQUENCES}/manifest.json", make_sequences, read_sequences, kind="json"),
     Format("sequences events", f"{SEQUENCES}/shard-00000.events.arrow", make_sequences, read_sequences, SEQUENCES),
     Format("sequences users", f"{SEQUENCES}/shard-00000.users.arrow", make_sequences, read_sequences, SEQUENCES),
