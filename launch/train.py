@@ -125,13 +125,12 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
         WatchtowerError: what ended it, in one message: a worker's own error, or the first cause that one left.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from launch.local_ray import own_folder, threads_per_worker, worker_limits
-    from launch.rendezvous import torch_config
+    from launch.worker_group import WorkerGroupTrainer, torch_config
 
     outcome, gpu, (least, most) = _outcome(run_dir, work), wants_gpu(config), worker_limits(config)
-    trainer = TorchTrainer(
+    trainer = WorkerGroupTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "work": work,
                            "threads": threads_per_worker(config), "driver": driver.driver},

@@ -68,17 +68,16 @@ def main(folder: str) -> None:
     with start_ray(load("configs/smoke.yaml", [f"run_dir={folder}"])) as cluster:
         import ray
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
 
-        from launch.rendezvous import torch_config
+        from launch.worker_group import WorkerGroupTrainer, torch_config
 
         gcs = ray.get_runtime_context().gcs_address
         callers = intruders(gcs)
         watcher = threading.Thread(target=watch, args=(folder, found))
         watcher.start()
-        TorchTrainer(worker, train_loop_config={"folder": folder}, scaling_config=ScalingConfig(num_workers=2),
-                     run_config=RunConfig(name="listeners", storage_path=os.path.join(folder, "ray")),
-                     torch_config=torch_config("gloo", 120, own_folder())).fit()
+        WorkerGroupTrainer(worker, train_loop_config={"folder": folder}, scaling_config=ScalingConfig(num_workers=2),
+                           run_config=RunConfig(name="listeners", storage_path=os.path.join(folder, "ray")),
+                           torch_config=torch_config("gloo", 120, own_folder())).fit()
         watcher.join()
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         answers = {name: "inside" in caller.communicate(timeout=200)[0] for name, caller in callers.items()}

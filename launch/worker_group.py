@@ -1,7 +1,12 @@
-"""How the training workers of one machine find each other: by a file in the folder of their Ray, not by a port.
+"""How Ray Train starts a group of our training workers: where they meet, and without the processes that serve nothing.
 
-torch's own rendezvous store (`TCPStore`) listens on all interfaces and asks nobody for anything. On one machine a file
-that this user alone can read does the same. Workers on several machines keep the port: they may share no folder.
+On one machine the workers meet by a file in the folder of their Ray. torch's own rendezvous store (`TCPStore`) listens
+on all interfaces and asks nobody for anything; a file that this user alone can read does the same. Workers on several
+machines keep the port: they may share no folder.
+
+Ray Train starts some actors beside each group, a process and a second or two of CPU time each: one that hands out Ray
+datasets, of which we have none, and one that frees the placement group of a controller that died, which on one machine
+the end of the run's own Ray does.
 
 Imports Ray Train and torch: only for whoever starts a group.
 """
@@ -13,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 
 @dataclass
@@ -48,3 +55,12 @@ def torch_config(backend: str, timeout_s: int, local_folder: Path | None) -> Tor
     if local_folder is None:
         return TorchConfig(backend=backend, timeout_s=timeout_s)
     return FileRendezvous(backend=backend, timeout_s=timeout_s, folder=str(local_folder))
+
+
+class WorkerGroupTrainer(TorchTrainer):
+    """A TorchTrainer without what no group of ours needs."""
+
+    def _create_default_callbacks(self):
+        on_one_machine = isinstance(self.backend_config, FileRendezvous)
+        useless = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if on_one_machine else ()))
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, useless)]
