@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from pathlib import Path
 
 import psutil
 from kills import Outcome
+from ray_nodes import ray_nodes
 from reader import Reader
 from results import Results, losses
-from tiny_run import POLL_S, Started, TinyRun, Watched, left_in
+from tiny_run import POLL_S, TinyRun, Watched, left_in
 
 HERE = Path(__file__).resolve().parent
 SLOW_S, AWAY_S = 15.0, 3.0
@@ -61,7 +61,7 @@ def ends_like(run_dir: Path, reference: Results, outcome: Outcome, again: Callab
             return
         if code == 0:
             break
-        outcome.where.append(f"exit {code}: {_message(run)}")
+        outcome.where.append(f"exit {code}: {message(run)}")
         run = None
     else:
         outcome.wrong.append("does not come to an end")
@@ -70,13 +70,13 @@ def ends_like(run_dir: Path, reference: Results, outcome: Outcome, again: Callab
     outcome.wrong += reference.differences(Results(run_dir))
 
 
-def _message(run: TinyRun) -> str:
+def message(run: TinyRun) -> str:
     return next((line[line.index("watchtower:"):] for line in run.output.splitlines() if "watchtower:" in line),
                 "no message")[:160]
 
 
 @contextmanager
-def _case(run_dir: Path, name: str) -> Iterator[Outcome]:
+def case(run_dir: Path, name: str) -> Iterator[Outcome]:
     """An outcome with a reader at work; what the block raises is its failure."""
     outcome, began, reader = Outcome(name), time.monotonic(), Reader(run_dir)
     reader.start()
@@ -90,7 +90,12 @@ def _case(run_dir: Path, name: str) -> Iterator[Outcome]:
         outcome.seconds = time.monotonic() - began
 
 
-def _comes(run: TinyRun, run_dir: Path, reached: Callable[[Watched], bool]) -> Watched:
+def comes(run: TinyRun, run_dir: Path, reached: Callable[[Watched], bool]) -> Watched:
+    """Waits for a run to come to where it is to be hit.
+
+    Raises:
+        AssertionError: it ended before, or did not come there.
+    """
     watched, until = Watched(run_dir), time.monotonic() + COMES_WITHIN_S
     while run.is_running() and time.monotonic() < until:
         watched.read()
@@ -100,7 +105,7 @@ def _comes(run: TinyRun, run_dir: Path, reached: Callable[[Watched], bool]) -> W
     raise AssertionError(f"the run did not come to where it was to be hit: {run.output[-500:]}")
 
 
-def _training(steps: int) -> Callable[[Watched], bool]:
+def training(steps: int) -> Callable[[Watched], bool]:
     return lambda watched: watched.stage == "crm" and watched.steps >= steps
 
 
@@ -114,7 +119,7 @@ def disk_full(room: float, needed_bytes: int, run_dir: Path, reference: Results,
     """
     disk = run_dir / "disk"
     with _mounted(disk, "-t", "tmpfs", "-o", f"size={int(room * needed_bytes)}", "tmpfs"), \
-            _case(disk / "run", name) as outcome:
+            case(disk / "run", name) as outcome:
         run, outcome.starts = TinyRun(disk / "run"), 1
         code = run.wait()
         said = run.output
@@ -124,7 +129,7 @@ def disk_full(room: float, needed_bytes: int, run_dir: Path, reference: Results,
         watched = Watched(disk / "run")
         watched.read()
         outcome.counted = 1
-        outcome.where.append(f"full at {watched.last}: {_message(run).replace(str(disk), '')}")
+        outcome.where.append(f"full at {watched.last}: {message(run).replace(str(disk), '')}")
         outcome.wrong += [f"half written: {one}" for one in left_in(disk / "run")]
         subprocess.run(["mount", "-o", f"remount,size={4 * needed_bytes}", str(disk)], check=True)
         ends_like(disk / "run", reference, outcome, lambda: TinyRun(disk / "run"))
@@ -142,9 +147,9 @@ def folder_away(reached: Callable[[Watched], bool], run_dir: Path, reference: Re
     """The folder's file system is gone for a while, an empty folder in its place, and comes back."""
     real, place = run_dir / "real", run_dir / "run"
     real.mkdir(parents=True)
-    with _mounted(place, "--bind", str(real)), _case(place, name) as outcome:
+    with _mounted(place, "--bind", str(real)), case(place, name) as outcome:
         run, outcome.starts = TinyRun(place), 1
-        outcome.where.append(f"away at {_comes(run, place, reached).last}")
+        outcome.where.append(f"away at {comes(run, place, reached).last}")
         outcome.counted = 1
         subprocess.run(["umount", "-l", str(place)], check=True)
         time.sleep(AWAY_S)
@@ -157,9 +162,9 @@ def folder_away(reached: Callable[[Watched], bool], run_dir: Path, reference: Re
 
 def slow_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
     """One worker stops for a while, and goes on."""
-    with _case(run_dir, name) as outcome:
+    with case(run_dir, name) as outcome:
         run, outcome.starts = TinyRun(run_dir), 1
-        outcome.where.append(f"stopped for {SLOW_S:.0f} s at {_comes(run, run_dir, _training(2)).last}")
+        outcome.where.append(f"stopped for {SLOW_S:.0f} s at {comes(run, run_dir, training(2)).last}")
         worker = run.victims("worker")[-1]
         worker.send_signal(signal.SIGSTOP)
         outcome.counted = 1
@@ -175,7 +180,7 @@ def raising_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
     note.write_text("5")
     environment = {"WATCHTOWER_RAISES": str(note),
                    "PYTHONPATH": os.pathsep.join([str(HERE / "shims"), str(HERE.parents[1])])}
-    with _case(run_dir, name) as outcome:
+    with case(run_dir, name) as outcome:
         run, outcome.starts = TinyRun(run_dir, environment=environment), 1
         ends_like(run_dir, reference, outcome, lambda: TinyRun(run_dir, environment=environment), run)
         outcome.where.append("rank 1 at step 5")
@@ -189,9 +194,9 @@ def raising_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
 def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
     """One worker stops for ever: the watchdog ends the run with exit code 1, and the next start goes on."""
     limits = ("train.timeout_s=45", "train.watchdog_s=90", "train.max_restarts=0")
-    with _case(run_dir, name) as outcome:
+    with case(run_dir, name) as outcome:
         run, outcome.starts = TinyRun(run_dir, *limits), 1
-        outcome.where.append(f"stopped for ever at {_comes(run, run_dir, _training(2)).last}")
+        outcome.where.append(f"stopped for ever at {comes(run, run_dir, training(2)).last}")
         worker = run.victims("worker")[-1]
         worker.send_signal(signal.SIGSTOP)
         outcome.counted = 1
@@ -200,7 +205,7 @@ def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
         finally:
             with contextlib.suppress(psutil.Error):
                 worker.kill()
-        outcome.where.append(f"exit {code}: {_message(run)}")
+        outcome.where.append(f"exit {code}: {message(run)}")
         outcome.wrong += [f"still there: {one}" for one in run.left()]
         if code != 1 or "Traceback (most recent call last)" in run.output:
             outcome.wrong.append(f"exit code {code} for 1: {run.output[-700:]}")
@@ -210,49 +215,18 @@ def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
 
 # ----------------------------------------------------------------------------------------------------------- the nodes
 
-@contextmanager
-def _nodes(log: Path, count: int) -> Iterator[tuple[str, Callable[[str], None]]]:
-    """(the address of a cluster, a function that tells it `lose` or `add`)."""
-    host = Started([sys.executable, str(HERE / "nodes.py"), str(count)], log, stdin=subprocess.PIPE)
-
-    def said(word: str) -> str:
-        until = time.monotonic() + COMES_WITHIN_S
-        while time.monotonic() < until and host.is_running():
-            for line in host.output.splitlines():
-                if line.startswith(word):
-                    return line
-            time.sleep(0.1)
-        raise AssertionError(f"the cluster did not say {word}: {host.output[-500:]}")
-
-    def tell(word: str) -> None:
-        host.process.stdin.write(f"{word}\n".encode())
-        host.process.stdin.flush()
-        said(f"done {word}")
-
-    try:
-        yield said("address ").split()[1], tell
-    finally:
-        with contextlib.suppress(OSError):
-            host.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            host.process.wait(60)
-        host.end()
-
-
 def lost_node(run_dir: Path, reference: Results, name: str, overrides: tuple[str, ...] = ()) -> Outcome:
     """Two nodes with a worker each; one is killed, and another takes its place."""
-    with _nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as (address, tell), _case(run_dir, name) as outcome:
-        environment = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "lo"}
-
+    with ray_nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as nodes, case(run_dir, name) as outcome:
         def start() -> TinyRun:
-            return TinyRun(run_dir, *overrides, environment=environment)
+            return TinyRun(run_dir, *overrides, environment=nodes.environment)
 
         run, outcome.starts = start(), 1
-        watched = _comes(run, run_dir, _training(4))
-        tell("lose")
+        watched = comes(run, run_dir, training(4))
+        nodes.lose()
         outcome.counted = 1
         outcome.where.append(f"a node lost at {watched.last}")
-        tell("add")
+        nodes.add()
         ends_like(run_dir, reference, outcome, start, run)
     return outcome
 
@@ -261,15 +235,14 @@ def elastic_nodes(run_dir: Path, reference: Results, name: str) -> Outcome:
     """train.workers: {min: 1, max: 2} on two nodes, on the one that is left, and on two again: the same steps, each
     loss within 1e-5 of the untouched run's, in which there were two all along."""
     overrides = ("train.workers={min: 1, max: 2}", "stages=[ingest,crm]")
-    with _nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as (address, tell), _case(run_dir, name) as outcome:
-        environment = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "GLOO_SOCKET_IFNAME": "lo"}
-        run, outcome.starts = TinyRun(run_dir, *overrides, environment=environment), 1
-        outcome.where.append(f"two, one is lost at {_comes(run, run_dir, _training(4)).last}")
-        tell("lose")
+    with ray_nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as nodes, case(run_dir, name) as outcome:
+        run, outcome.starts = TinyRun(run_dir, *overrides, environment=nodes.environment), 1
+        outcome.where.append(f"two, one is lost at {comes(run, run_dir, training(4)).last}")
+        nodes.lose()
         outcome.counted = 1
-        watched = _comes(run, run_dir, lambda watched: _group(watched) == 1 and watched.last.startswith("resume"))
+        watched = comes(run, run_dir, lambda watched: _group(watched) == 1 and watched.last.startswith("resume"))
         outcome.where.append("one goes on")
-        tell("add")
+        nodes.add()
         code = run.wait()
         watched.read()
         outcome.where.append(f"ends with {_group(watched)}")

@@ -139,13 +139,14 @@ class TinyRun(Started):
     Args:
         run_dir: the run folder; `<run_dir>.log` beside it takes what all starts print.
         environment: variables on top of this process's.
+        prefix: words before the command, such as those that start it in another network.
     """
 
     def __init__(self, run_dir: Path, *overrides: str, environment: Mapping[str, str] | None = None,
-                 config: Path = CONFIG):
+                 config: Path = CONFIG, prefix: tuple[str, ...] = ()):
         self.run_dir = run_dir
-        super().__init__([sys.executable, "-m", "launch.cli", "run", str(config), f"run_dir={run_dir}", *overrides],
-                         run_dir.with_name(f"{run_dir.name}.log"), environment)
+        super().__init__([*prefix, sys.executable, "-m", "launch.cli", "run", str(config), f"run_dir={run_dir}",
+                          *overrides], run_dir.with_name(f"{run_dir.name}.log"), environment)
 
     def wait(self, stands_still_s: float = STANDS_STILL_S) -> int:
         """The exit code, once the process has ended by itself.
