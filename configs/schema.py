@@ -20,7 +20,7 @@ Text = Annotated[str, Field(min_length=1)]
 # Keys that say how a run is done and cannot change its numbers: a run may go on elsewhere with other ones.
 HOW_TRAINED = frozenset({"workers", "device", "threads_per_worker", "checkpoint_every_steps", "keep_checkpoints",
                          "prefetch", "log_every_steps", "max_restarts", "timeout_s", "watchdog_s", "wait_s",
-                         "grace_s"})
+                         "grace_s", "cpus_per_worker", "gpus_per_worker", "placement"})
 HOW_INDEXED = frozenset({"device", "threads"})
 # Keys of `index` that decide what is published, not what is trained: a run goes on under a lower gate.
 INDEX_GATES = frozenset({"min_recall", "min_validation_recall", "max_nan_share"})
@@ -251,7 +251,14 @@ class TrainConfig(Section):
     workers: Positive | WorkerRange = Field(
         2, description="Ray Train workers (processes); {min, max}: as many as the cluster has room for")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the towers and tables live")
-    threads_per_worker: Positive | None = Field(None, description="CPU threads a worker; null: cores / workers")
+    cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs that Ray reserves for a worker; null: 1")
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="GPU that Ray reserves for a worker, where it trains on one; a part leaves the rest to other "
+                         "jobs, for NCCL takes no two workers of one group on a GPU")
+    placement: Literal["pack", "spread", "strict_spread"] = Field(
+        "pack", description="workers over nodes: on few, on many, or one on each and no run without (a cluster)")
+    threads_per_worker: Positive | None = Field(
+        None, description="CPU threads a worker; null: whole cpus_per_worker, where it is null: cores / workers")
     epochs: Positive = Field(4, description="passes over each time slice")
     slices: Literal["daily"] | Literal[1] = Field(1, description="1: the whole period at once; daily: day by day")
     batch_rows: Positive = Field(64, description="windows in a global batch (all workers together)")
@@ -293,6 +300,17 @@ class TrainConfig(Section):
     def most_workers(self) -> int:
         """Workers that training takes where there is room."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @model_validator(mode="after")
+    def _placed(self):
+        if self.placement == "strict_spread" and self.least_workers != self.most_workers:
+            # Ray Train counts the room of all nodes together and then asks for more workers than there are nodes.
+            raise ValueError("placement: strict_spread goes with a fixed number of workers; take spread, or give "
+                             "workers one number")
+        if self.gpus_per_worker <= 0.5 and self.most_workers > 1 and self.placement != "strict_spread":
+            raise ValueError(f"gpus_per_worker ({self.gpus_per_worker:g}) would put two workers on one GPU, which NCCL "
+                             "refuses: above 0.5, one worker, or placement: strict_spread (one worker on each node)")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self):
@@ -610,6 +628,10 @@ class RayConfig(Section):
     address: str | None = Field(None, description="a running cluster; null: RAY_ADDRESS, else a local one")
     cpus: PositiveFloat | None = Field(None, description="CPUs a local Ray is told of; null: enough for all workers")
     ingest_tasks: Positive | None = Field(None, description="ingest tasks at once; null: the cores")
+    ingest_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for an ingest task; it has one thread")
+    channels_cpus: PositiveFloat = Field(1.0, description="CPUs, and as many threads, of a task that makes a channel")
+    replay_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for a replay task; it has one thread")
+    routing_cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for a routing task; it has one thread")
 
 
 class MlflowConfig(Section):

@@ -59,14 +59,15 @@ class SerialExecutor:
 
 
 class RayExecutor:
-    """As tasks of the cluster that `ray.init` has joined, one CPU and one thread each."""
+    """As tasks of the cluster that `ray.init` has joined, each with so many CPUs, and as many threads as whole ones."""
 
-    threads = 1
+    def __init__(self, cpus: float = 1.0):
+        self.cpus, self.threads = cpus, max(1, int(cpus))
 
     def run(self, tasks):
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=2)(_call)
+        remote = ray.remote(num_cpus=self.cpus, max_retries=2)(_call)
         waiting = [remote.remote(acts_for(), task) for task in tasks]
         try:
             while waiting:
@@ -124,7 +125,8 @@ def build_channels(config: Config, run_dir: Path | str, executor: Executor | Non
         InputError: no sequences, or a channel's source is missing.
     """
     run_dir, say = Path(run_dir), say or _print
-    executor = executor or (RayExecutor() if _on_ray() else SerialExecutor(len(os.sched_getaffinity(0))))
+    executor = executor or (RayExecutor(config.ray.channels_cpus) if _on_ray()
+                            else SerialExecutor(len(os.sched_getaffinity(0))))
     store = SequenceStore(run_dir / "sequences")
     absent, at = absent_channels(config, store), watermarks(config, store.manifest)
     names = present_channels(config, store)

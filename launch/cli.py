@@ -157,7 +157,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _run(config: Config, stage: str | None) -> None:
     from launch.doctor import before_run
 
-    before_run()
+    before_run(config)
     from launch.stages import run
 
     run(config, None if stage is None else [stage])

@@ -1,8 +1,9 @@
 """`watchtower doctor`: what is installed, what fits together, what is missing, and the fix.
 
 Every check is a function of what it is told (versions, sizes, paths) that gives findings; `findings` asks the machine
-and tells them. `before_run` is the cheap part, which `watchtower run` does first: package metadata alone, nothing heavy
-is imported. An error is what a run would fail of; a warning is what it would be slow or fragile of.
+and tells them. `before_run` is the cheap part, which `watchtower run` does first, and `before_submit` what of it counts
+where a run is only sent from: package metadata and the config alone, nothing heavy is imported. An error is what a run
+would fail of; a warning is what it would be slow or fragile of.
 """
 
 from __future__ import annotations
@@ -93,11 +94,13 @@ def check_tuple(versions: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("tables", "ok", f"{told} fit together")
 
 
-def check_ranges(requirements: Iterable[str], versions: Mapping[str, str]) -> Iterator[Finding]:
+def check_ranges(requirements: Iterable[str], versions: Mapping[str, str], *, missing: bool = True
+                 ) -> Iterator[Finding]:
     """Every package of ours in its range; those of an extra only where they are installed.
 
     Args:
         requirements: as package metadata has them: `torch<2.14,>=2.11`, `faiss-cpu<2,>=1.15; extra == "cpu"`.
+        missing: whether a package that is not installed is an error.
     """
     wrong, seen = [], 0
     for requirement in requirements:
@@ -105,7 +108,7 @@ def check_ranges(requirements: Iterable[str], versions: Mapping[str, str]) -> It
         name, extras, ranges = re.match(r"([\w.-]+)(\[[^]]*\])?(.*)", spec.strip()).groups()
         name = name.lower()
         if name not in versions:
-            if not marker:
+            if missing and not marker:
                 wrong.append(f"{name} is missing")
             continue
         seen += 1
@@ -392,12 +395,37 @@ def check_clocks(ahead_s: Mapping[str, float]) -> Iterator[Finding]:
         yield Finding("clocks", "ok", f"{len(ahead_s)} nodes within {some:g} s")
 
 
-def check_cluster(address: str, wanted_cpus: float) -> Iterator[Finding]:
-    """Joins a running cluster: its size, and the clocks of its nodes. Leaves it again."""
+def check_room(config: Config, nodes: Sequence[Any]) -> Iterator[Finding]:
+    """Room for the gang of training workers, and for the largest task of each stage.
+
+    Args:
+        nodes: launch.resources.Node of those that live.
+    """
+    from launch.resources import missing_for_task, missing_workers, room_for, worker_resources
+
+    least, train = config.train.least_workers, config.train
+    gpu = train.device == "cuda" or (train.device == "auto" and room_for(
+        nodes, {"GPU": train.gpus_per_worker}, train.placement) >= least)
+    room = room_for(nodes, worker_resources(config, gpu), train.placement)
+    if room < least:
+        yield Finding("room", "error", missing_workers(config, least, gpu, nodes, {}), "more or larger nodes, or fewer "
+                      "train.workers, or less for each (train.cpus_per_worker, train.placement)")
+    else:
+        yield Finding("room", "ok", f"{len(nodes)} nodes have room for {room} workers, {least} are asked for at least")
+    for stage in ("ingest", "channels", "replay", "routing"):
+        missing = missing_for_task(config, stage, nodes)
+        if missing is not None:
+            yield Finding("room", "error", missing, f"a larger node, or lower ray.{stage}_cpus")
+
+
+def check_cluster(address: str, config: Config) -> Iterator[Finding]:
+    """Joins a running cluster: its room, and the clocks of its nodes. Leaves it again."""
     import logging
 
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from launch.resources import living_nodes
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
@@ -406,11 +434,8 @@ def check_cluster(address: str, wanted_cpus: float) -> Iterator[Finding]:
                       "the same versions of ray and Python on both sides, and the cluster's token (RAY_AUTH_TOKEN)")
         return
     try:
-        cpus = ray.cluster_resources().get("CPU", 0.0)
+        yield from check_room(config, living_nodes())
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        level = "ok" if cpus >= wanted_cpus else "error"
-        yield Finding("ray", level, f"{len(nodes)} nodes, {cpus:g} CPUs, for {wanted_cpus:g} workers",
-                      "" if level == "ok" else "fewer train.workers, or more nodes")
         clock = ray.remote(num_cpus=0, max_retries=0)(time.time)
         ahead = {}
         for node in nodes:
@@ -450,13 +475,45 @@ def cheap_findings() -> Iterator[Finding]:
     yield from check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def before_run() -> None:
+def check_resources(config: Config) -> Iterator[Finding]:
+    """What the config reserves of a local Ray."""
+    from launch.local_ray import local_workers
+    from launch.resources import missing_here
+
+    missing = missing_here(config, local_workers(config)[1])
+    if missing is not None:
+        what, _, fix = missing.rpartition(": ")
+        yield Finding("resources", "error", what, fix)
+
+
+def before_run(config: Config) -> None:
     """What `watchtower run` looks at before anything else.
 
     Raises:
         InputError: what a run would fail of, with the fix.
     """
-    errors = [finding for finding in cheap_findings() if finding.level == "error"]
+    from launch.local_ray import ray_address
+
+    _raise_errors([*cheap_findings(), *(check_resources(config) if ray_address(config) is None else ())])
+
+
+def before_submit() -> None:
+    """What `watchtower submit` looks at before it sends anything: the packages that are installed here are those that
+    the cluster should have. What is not installed is no error, and limits of this machine are not looked at, for the
+    run has its own.
+
+    Raises:
+        InputError: what the run would fail of on machines with the same packages, with the fix.
+    """
+    versions = installed_versions()
+    found = [*check_python(sys.version_info), *check_ranges(our_requirements(), versions, missing=False)]
+    if {"torch", "torchrec"} <= versions.keys() and any(name.startswith("fbgemm") for name in versions):
+        found += check_tuple(versions)
+    _raise_errors(found)
+
+
+def _raise_errors(found: Iterable[Finding]) -> None:
+    errors = [finding for finding in found if finding.level == "error"]
     if errors:
         raise InputError("\n".join(f"{finding.what}\n    fix: {finding.fix}" for finding in errors))
 
@@ -484,6 +541,7 @@ def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
         yield from check_cores(usable_cores(), local_workers(config)[1])
         yield from check_memory(usable_memory(), local_workers(config)[1])
         yield from check_loopback()
+        yield from check_resources(config)
     yield from check_writable(config.run_dir, "run_dir")
     yield from check_lock(config.run_dir)
     if config.data.logs is None and config.data.synth is None:
@@ -500,7 +558,7 @@ def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
         reached = list(check_reachable(address))
         yield from reached
         if all(finding.level == "ok" for finding in reached):
-            yield from check_cluster(address, config.train.least_workers)
+            yield from check_cluster(address, config)
     elif deep:
         yield from check_local_ray(config)
 

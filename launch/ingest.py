@@ -439,7 +439,7 @@ def run_ingest(config: Config, run_dir: Path | str) -> dict:
     Returns:
         rows (read), rows_kept, users, items, effective, targets and quarantined (reason: rows).
     """
-    summary = ingest(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=_print)
+    summary = ingest(config.data, run_dir, RayExecutor(config.ray.ingest_tasks, config.ray.ingest_cpus), say=_print)
     _print(str(summary))
     s = summary.statistics
     found = {"rows": s["rows_read"], "rows_kept": s["rows"], "quarantined": summary.quarantined,

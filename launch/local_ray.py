@@ -23,6 +23,8 @@ import os
 import secrets
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -33,11 +35,16 @@ from typing import Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
+from launch.console import say
+from launch.resources import largest_task_cpus, worker_resources
+from launch.stopping import interrupt
 
 SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the index builder
 TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
+# A head that keeps its state elsewhere may come back; Ray itself ends a driver, without a word, after 60 s.
+HEAD_LOOK_S, HEAD_AWAY_S = 2.0, 45.0
 DRIVER = "driver.lock"  # in a local Ray's folder, held by the driver
 _OWN: list[Path] = []  # the folder of the local Ray that this process runs
 
@@ -76,7 +83,8 @@ def local_cpus(config: Config, cores: int | None = None) -> int:
     if config.ray.cpus is not None:
         return math.ceil(config.ray.cpus)
     cores = usable_cores() if cores is None else cores
-    return max(cores, local_workers(config, cores)[1] + SPARE_CPUS)
+    workers = local_workers(config, cores)[1] * worker_resources(config, gpu=False)["CPU"]
+    return max(cores, math.ceil(workers + max(SPARE_CPUS, largest_task_cpus(config))))
 
 
 def ray_address(config: Config) -> str | None:
@@ -101,9 +109,12 @@ def worker_limits(config: Config) -> tuple[int, int]:
 
 
 def threads_per_worker(config: Config, cores: int | None = None) -> int:
-    """CPU threads of a training worker: what the config says, else the cores over the workers, at least 1."""
+    """CPU threads of a training worker: what the config says, else the whole CPUs that it reserves, else the cores over
+    the workers; at least 1."""
     if config.train.threads_per_worker is not None:
         return config.train.threads_per_worker
+    if config.train.cpus_per_worker is not None:
+        return max(1, int(config.train.cpus_per_worker))
     cores = usable_cores() if cores is None else cores
     return max(1, cores // local_workers(config, cores)[1])
 
@@ -185,7 +196,7 @@ def start_ray(config: Config) -> Iterator[Cluster]:
         import ray
 
         _tell_ray()
-
+        _say_first_lines_alone()
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         try:
             if address is not None:
@@ -207,7 +218,8 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             _give_back_sigterm(on_sigterm)
             total = ray.cluster_resources()
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
-            yield Cluster(address, total.get("CPU", 0.0), total.get("GPU", 0.0), nodes, time.perf_counter() - begin)
+            with contextlib.nullcontext() if address is None else watched_head(address):
+                yield Cluster(address, total.get("CPU", 0.0), total.get("GPU", 0.0), nodes, time.perf_counter() - begin)
         except Exception as error:
             keep_logs = not isinstance(error, (InputError, QualityGateError))
             if keep_logs and folder is not None:
@@ -233,6 +245,76 @@ def start_ray(config: Config) -> Iterator[Cluster]:
         _tell_ray()
 
 
+@contextlib.contextmanager
+def watched_head(address: str) -> Iterator[None]:
+    """While the block runs the head of the cluster is looked at. A head that is away for longer than HEAD_AWAY_S ends
+    the run, before Ray ends the process without a word; what goes wrong because the head was lost is told as that.
+
+    Raises:
+        WatchtowerError: the head is gone, or another one is in its place.
+    """
+    import ray
+
+    begun, over = ray.get_runtime_context().gcs_address, threading.Event()
+    cluster = _cluster_id(begun)
+    lost = (f"the head of the Ray cluster at {address} is gone, or was started anew, and its workers with it. What was "
+            "published is whole: the same command on the new head (RAY_ADDRESS, ray.address) goes on from the last "
+            "checkpoint")
+
+    def watch() -> None:
+        seen = time.monotonic()
+        while not over.wait(HEAD_LOOK_S):
+            if _answers(begun):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > HEAD_AWAY_S:
+                interrupt(WatchtowerError(lost))
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchtower-head")
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (InputError, QualityGateError)) or (_answers(begun) and _cluster_id(begun) == cluster):
+            raise
+        raise WatchtowerError(lost) from error
+    finally:
+        over.set()
+        thread.join()
+
+
+def _answers(address: str) -> bool:
+    """Whether the port of a head takes a connection."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_LOOK_S):
+            return True
+    except OSError:
+        return False
+
+
+def _cluster_id(address: str) -> str | None:
+    """What Ray calls the cluster of this head; None where it does not say."""
+    from ray._raylet import GcsClient
+
+    with contextlib.suppress(Exception):
+        return GcsClient(address=address).cluster_id.hex()
+    return None
+
+
+def _say_first_lines_alone() -> None:
+    """What a cluster tells every driver (a node that died, a task that took too much memory) as a warning of ours, a
+    line each: Ray adds the last 20 lines of its own log, in colours."""
+    import ray._private.worker as worker
+
+    def tell(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        for text in data["lines"]:
+            line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
+            say(f"Ray: {line[:300]}", "warning", sys.stderr)
+
+    worker.print_to_stdstream = tell
+
+
 def own_folder() -> Path | None:
     """The folder of the local Ray that this process runs, for this user alone; None: a cluster, or none."""
     return _OWN[0] if _OWN else None
@@ -249,8 +331,6 @@ def write_token(folder: Path) -> Path:
 
 def _tell_ray() -> None:
     """A process that imported Ray before has read these variables already: let it read them again."""
-    import sys
-
     if "ray._raylet" not in sys.modules:
         return
     import ray._private.ray_constants as constants

@@ -25,6 +25,7 @@ from configs.schema import ChannelsConfig, Config
 from embeddings.snapshots import publish
 from launch.console import say
 from launch.ingest import Executor, RayExecutor, clear_disk_errors
+from launch.resources import waiting_for_room
 from trainer.channels import present_channels
 from trainer.events import EventLog
 from trainer.labels import (
@@ -53,7 +54,8 @@ def replay_labels(config: Config, run_dir: Path | str) -> dict:
     Raises:
         InputError: there are no sequences or channels, or no training request is left.
     """
-    found = make_labels(config, run_dir, RayExecutor(config.replay.shards_at_once), say=say)
+    with waiting_for_room(config, "replay"):
+        found = make_labels(config, run_dir, RayExecutor(config.replay.shards_at_once, config.ray.replay_cpus), say=say)
     with EventLog(Path(run_dir) / "events.jsonl") as log:
         log.write("replay", show=False, **found)
     return found

@@ -66,11 +66,12 @@ class RayExecutor:
     """A Ray task a shard, on the cluster that ray.init has joined. The run folder must be shared.
 
     Args:
-        ahead: tasks at once, and results that wait for their turn, at most; None: the cluster's CPUs.
+        ahead: tasks at once, and results that wait for their turn, at most; None: as many as the cluster has CPUs for.
+        cpus: that a task asks for.
     """
 
-    def __init__(self, ahead: int | None = None):
-        self.ahead = ahead
+    def __init__(self, ahead: int | None = None, cpus: float = 1.0):
+        self.ahead, self.cpus = ahead, cpus
 
     def each(self, task, shards):
         import ray
@@ -81,9 +82,9 @@ class RayExecutor:
             with at_work(attempt):
                 return task(number)
 
-        remote = ray.remote(num_cpus=1, max_retries=2)(judge)
+        remote = ray.remote(num_cpus=self.cpus, max_retries=2)(judge)
         waiting: deque = deque()
-        ahead = self.ahead or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        ahead = self.ahead or max(1, int(ray.cluster_resources().get("CPU", 1) / self.cpus))
         try:
             for number in range(shards):
                 if len(waiting) == ahead:
@@ -110,7 +111,8 @@ def evaluate_routing(config: Config, run_dir: Path, executor: Executor | None = 
     Raises:
         InputError: no test requests, or no channels or router scores in the run folder.
     """
-    run_dir, executor = Path(run_dir), executor or RayExecutor(config.ray.ingest_tasks)
+    run_dir = Path(run_dir)
+    executor = executor or RayExecutor(config.ray.ingest_tasks, config.ray.routing_cpus)
     run = Run(config, run_dir)
     selectors, absent = make_selectors(run)
     overlap = choose_overlap(run, executor)

@@ -36,6 +36,7 @@ from embeddings.snapshots import MANIFEST, remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
+from launch.resources import waiting_for_room
 from launch.run_folder import locked, make_run_folder, sweep
 from launch.stopping import TERMINATED, interrupt, is_asked
 from trainer.events import EventLog, follow, seconds_text
@@ -574,7 +575,9 @@ def ingest(config: Config, run_dir: Path) -> dict[str, Any]:
     from launch.ingest import RayExecutor
     from launch.ingest import ingest as ingest_logs
 
-    summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks), say=say)
+    with waiting_for_room(config, "ingest"):
+        summary = ingest_logs(config.data, run_dir, RayExecutor(config.ray.ingest_tasks, config.ray.ingest_cpus),
+                              say=say)
     say(str(summary))
     return {"rows": summary.statistics["rows"], "quarantined": summary.quarantined}
 
@@ -587,7 +590,8 @@ def channels(config: Config, run_dir: Path) -> dict[str, Any]:
     trained = {}
     if "embedding" in config.channels.names and config.channels.embedding.source == "crm":
         trained = {"tower": train_channel_embedding(config, run_dir)}
-    found = build_channels(config, run_dir, say=say)
+    with waiting_for_room(config, "channels"):
+        found = build_channels(config, run_dir, say=say)
     with EventLog(run_dir / "events.jsonl") as log:
         for event in newest_snapshots(found, run_dir):
             log.write("snapshot", show=False, **event)
@@ -612,7 +616,8 @@ def routing(config: Config, run_dir: Path) -> dict[str, Any]:
     from launch.routing import evaluate_routing
     from launch.train import write_results
 
-    result = evaluate_routing(config, run_dir)
+    with waiting_for_room(config, "routing"):
+        result = evaluate_routing(config, run_dir)
     write_results(config, run_dir)
     return result
 

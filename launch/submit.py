@@ -82,7 +82,9 @@ def act(arguments: argparse.Namespace) -> int:
     """Do one of the four commands; its exit code."""
     if arguments.command == "submit":
         from configs.loader import load, require_logs
+        from launch.doctor import before_submit
 
+        before_submit()
         config = load(arguments.config, arguments.overrides)
         require_logs(config)
         check_places(config)

@@ -127,6 +127,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from launch.local_ray import own_folder, threads_per_worker, worker_limits
+    from launch.resources import scaling
     from launch.worker_group import WorkerGroupTrainer, torch_config
 
     outcome, gpu, (least, most) = _outcome(run_dir, work), wants_gpu(config), worker_limits(config)
@@ -134,7 +135,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "work": work,
                            "threads": threads_per_worker(config), "driver": driver.driver},
-        scaling_config=ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=gpu),
+        scaling_config=ScalingConfig(**scaling(config, gpu, least, most)),
         run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
                              failure_config=FailureConfig(max_failures=config.train.max_restarts),
                              callbacks=_callbacks(driver, outcome, config.train.grace_s)),
@@ -244,21 +245,19 @@ def _watched_group(config: Config, driver: Attempt) -> Iterator[None]:
 
 
 def _missing(config: Config) -> str:
-    """What the cluster has, and a group needs; raises nothing."""
+    """What a group needs, and the cluster lacks of it; raises nothing."""
     import ray
 
     from launch.local_ray import worker_limits
+    from launch.resources import living_nodes, missing_workers
 
-    least, _ = worker_limits(config)
-    each = "a CPU and a GPU" if config.train.device == "cuda" else "a CPU"
     try:
-        nodes, total = [node for node in ray.nodes() if node["Alive"]], ray.cluster_resources()
-        found = (f"the cluster has {len(nodes)} nodes with {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} "
-                 "GPUs in all")
+        least, _ = worker_limits(config)
+        found = missing_workers(config, least, wants_gpu(config), living_nodes(), ray.available_resources())
     except Exception as error:  # whatever Ray raises when it is not there any more
         found = f"Ray does not say what the cluster has ({type(error).__name__})"
-    return (f"train.workers asks for at least {least}, each with {each}; {found}. Add nodes, ask for fewer workers, or "
-            "wait longer; the same command goes on from the last checkpoint")
+    return (f"{found}. Add nodes, ask for fewer workers or less for each, or wait longer (train.wait_s); the same "
+            "command goes on from the last checkpoint")
 
 
 def _first_cause(driver: Attempt) -> str | None:
@@ -278,20 +277,24 @@ def _outcome(run_dir: Path, work: str) -> Path:
 
 
 def wants_gpu(config: Config) -> bool:
-    """Whether the workers ask Ray for a GPU each.
+    """Whether the workers ask Ray for a GPU each. `auto` goes by the GPUs that are there now; with `cuda` the gang of a
+    cluster waits for nodes that are still to come.
 
     Raises:
-        InputError: if `train.device` is cuda and the cluster has fewer GPUs than workers.
+        InputError: if `train.device` is cuda and a local Ray, which gets no more, has fewer GPUs than workers.
     """
-    import ray
+    from launch.local_ray import ray_address, worker_limits
+    from launch.resources import living_nodes, room_for
 
-    from launch.local_ray import worker_limits
-
-    gpus, (least, _) = int(ray.cluster_resources().get("GPU", 0)), worker_limits(config)
-    if config.train.device == "cuda" and gpus < least:
-        raise InputError(f"train.device is cuda with train.workers={least}, but the cluster has {gpus} "
+    if config.train.device == "cpu":
+        return False
+    nodes, (least, _) = living_nodes(), worker_limits(config)
+    enough = room_for(nodes, {"GPU": config.train.gpus_per_worker}, config.train.placement) >= least
+    if config.train.device == "cuda" and not enough and ray_address(config) is None:
+        gpus = sum(node.resources.get("GPU", 0.0) for node in nodes)
+        raise InputError(f"train.device is cuda with train.workers={least}, but this machine has {gpus:g} "
                          "GPUs; lower train.workers or set train.device=cpu")
-    return config.train.device == "cuda" or (config.train.device == "auto" and gpus >= least)
+    return config.train.device == "cuda" or enough
 
 
 def _told(outcome: Path) -> WatchtowerError | None:

@@ -163,7 +163,8 @@ def test_a_run_ends_at_once_where_it_would_fail(tmp_path, monkeypatch, capsys):
 
 
 def test_the_cheap_part_imports_nothing_heavy(repository):
-    code = ("import sys; from launch.doctor import before_run; before_run()\n"
+    code = ("import sys; from configs.schema import Config; from launch.doctor import before_run, before_submit\n"
+            "before_run(Config()); before_submit()\n"
             "heavy = {'torch', 'ray', 'pyarrow', 'numpy', 'deepspeed', 'faiss', 'torchrec'} & set(sys.modules)\n"
             "sys.exit(f'imported: {heavy}' if heavy else 0)")
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)

@@ -122,6 +122,9 @@ def test_channels_train_no_towers(folder):
     ("train.workers=1", []),
     ("train.log_every_steps=1", []),
     ("ray.cpus=3", []),
+    ("ray.channels_cpus=2", []),
+    ("train.placement=spread", []),
+    ("train.cpus_per_worker=2", []),
     ("index.threads=1", []),
 ])
 def test_only_what_a_key_can_change_is_done_again(folder, override, again, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import InputError, WatchtowerError
 from configs.loader import load, save_resolved
-from launch import cli, submit
+from launch import cli, doctor, submit
 from launch.submit import PACKAGES, _told, check_places, entrypoint, environment, exit_code, stage_code
 
 
@@ -91,6 +91,27 @@ def test_an_address_is_asked_for(monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["status"]) == 2
     assert "--address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changed", "says"), [
+    ({"torchrec": "1.7.0"}, "do not fit together"), ({"ray": "2.1.0"}, "ray 2.1.0 is not in")])
+def test_what_a_run_would_fail_of_is_told_before_anything_is_sent(smoke, tmp_path, monkeypatch, capsys, changed, says):
+    fits = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0", "ray": "2.60.0"}
+    monkeypatch.setattr(doctor, "our_requirements", lambda: ["ray>=2.50,<3", "deepspeed>=0.19"])
+    monkeypatch.setattr(doctor, "installed_versions", lambda: fits | changed)
+    monkeypatch.setattr(submit, "stage_code", lambda *_: pytest.fail("code was staged"))
+    monkeypatch.setattr(submit, "connect", lambda *_: pytest.fail("the cluster was called"))
+    words = ["submit", smoke, f"run_dir={tmp_path / 'run'}", "--address", "http://127.0.0.1:1"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert says in said and "fix: " in said
+
+
+def test_a_machine_that_only_sends_needs_no_training_packages(monkeypatch):
+    monkeypatch.setattr(doctor, "our_requirements", lambda: ["ray>=2.50,<3", "deepspeed>=0.19"])
+    for installed in ({"ray": "2.60.0"}, {"ray": "2.60.0", "torch": "2.9.0"}):
+        monkeypatch.setattr(doctor, "installed_versions", lambda installed=installed: installed)
+        doctor.before_submit()
 
 
 # --- a log whose connection breaks ------------------------------------------------------------------------------------
