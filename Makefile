@@ -12,14 +12,15 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 # The `timeout` ends a test whose workers wait for each other for ever.
 PYTEST := $(VENV)/bin/python -m pytest --timeout 900 --durations 10
 
-.PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-real-logs \
-	faults soak bench lint clean
+.PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-cluster \
+	test-real-logs faults soak bench lint clean
 
 help:
 	@echo "make venv              the environment .venv; every target below makes it where it needs it"
 	@echo "make demo              train, index and measure on the synthetic world, two workers (configs/demo.yaml)"
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
 	@echo "make test              unit, fuzz, two-process, end-to-end and fault tests; each also: test-unit, test-fuzz, .."
+	@echo "make test-cluster      runs over two and three Ray nodes, a lost node, a lost head, a straggler (ten minutes)"
 	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
 	@echo "make fuzz              every reader against changed files, guided by coverage; SECONDS=60 of each, ONLY=config,logs"
 	@echo "make faults            100 seeded kills, a full disk, damaged files, a lost node: survived N of N (an hour or more)"
@@ -66,6 +67,10 @@ test-end-to-end: $(STAMP)
 
 test-faults: $(STAMP)
 	$(PYTEST) tests/faults $(ARGS)
+
+# Not part of `make test`. As root some also run in networks of their own.
+test-cluster: $(STAMP)
+	$(PYTEST) tests/cluster $(ARGS)
 
 test-real-logs: $(STAMP)
 	$(PYTEST) tests/real_logs $(ARGS)

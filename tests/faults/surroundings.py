@@ -215,11 +215,13 @@ def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
 
 # ----------------------------------------------------------------------------------------------------------- the nodes
 
-def lost_node(run_dir: Path, reference: Results, name: str, overrides: tuple[str, ...] = ()) -> Outcome:
+def lost_node(run_dir: Path, reference: Results, name: str, overrides: tuple[str, ...] = (), *, cpus: int = 1,
+              networks: bool = False) -> Outcome:
     """Two nodes with a worker each; one is killed, and another takes its place."""
-    with ray_nodes(run_dir.with_name(f"{run_dir.name}.nodes.log"), 2) as nodes, case(run_dir, name) as outcome:
+    log = run_dir.with_name(f"{run_dir.name}.nodes.log")
+    with ray_nodes(log, 2, cpus=cpus, networks=networks) as nodes, case(run_dir, name) as outcome:
         def start() -> TinyRun:
-            return TinyRun(run_dir, *overrides, environment=nodes.environment)
+            return TinyRun(run_dir, *overrides, environment=nodes.environment, prefix=nodes.prefix)
 
         run, outcome.starts = start(), 1
         watched = comes(run, run_dir, training(4))
