@@ -21,7 +21,7 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.secrets import redact
 from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
-from launch.stopping import TERMINATED, end_on_sigterm
+from launch.stopping import TERMINATED, end_on_sigterm, why
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:
         if arguments is None:  # argparse has said what there is to say
             return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+        if (error := why()) is not None:
+            return _fail(error, run_dir)
         # Ray's own handler, which is in place while Ray starts, exits with the signal's number.
         return _interrupted(TERMINATED if leaving.code in (TERMINATED, signal.SIGTERM) else INTERRUPTED)
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ from launch.console import is_json, json_line, say
 from launch.observe import observed
 from launch.resources import waiting_for_room
 from launch.run_folder import locked, make_run_folder, sweep
-from launch.stopping import TERMINATED, interrupt, is_asked
+from launch.stopping import TERMINATED, interrupt, is_asked, telling_why
 from trainer.events import EventLog, follow, seconds_text
 from trainer.watchdog import Watch, moved
 
@@ -492,7 +492,7 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
     moved(f"stage {stage.name}")
     begin = time.perf_counter()
     try:
-        with peak_memory() as peak:
+        with peak_memory() as peak, telling_why():
             result = call(config, run_dir) or {}
     except BaseException as error:
         status = "failed" if isinstance(error, Exception) else "interrupted"

@@ -22,7 +22,7 @@ TERMINATED = 143
 _ask: Callable[[], bool] | None = None
 _grace_s = 0.0
 _asked = False
-_error: BaseException | None = None
+_error: Exception | None = None
 _end_of_grace: threading.Timer | None = None
 
 
@@ -54,25 +54,50 @@ def asking_first(ask: Callable[[], bool], grace_s: float) -> Iterator[None]:
             _end_of_grace.cancel()
 
 
-def interrupt(error: BaseException, patience_s: float = 60.0) -> None:
-    """Raise this error on the main thread, from any other one. If it has not ended the process after so many seconds,
-    the process ends without it, exit code 1. Only the first error is raised: another one would break into the end of
-    the run."""
+def interrupt(error: Exception, patience_s: float = 60.0) -> None:
+    """End the main thread with this error, from any other one: a SystemExit is raised there, which `telling_why` makes
+    this error of. If it has not ended the process after so many seconds, the process says it and ends, exit code 1.
+    Only the first error is raised: another one would break into the end of the run."""
     global _error
     if _error is not None:
         return
     if signal.getsignal(signal.SIGTERM) is not _handle:  # nobody here would hear of it
-        print(redact(f"watchtower: {error}"), file=sys.stderr, flush=True)
-        os._exit(1)
+        _end_at_once(error)
     _error = error
-    _later(patience_s, lambda: os._exit(1))
+    _later(patience_s, lambda: _end_at_once(error))
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def why() -> Exception | None:
+    """The error that a thread has interrupted the main thread with; None where none has."""
+    return _error
+
+
+@contextlib.contextmanager
+def telling_why() -> Iterator[None]:
+    """What leaves the block because of `interrupt` leaves it as the error that was given there.
+
+    Raises:
+        Exception: that error.
+    """
+    try:
+        yield
+    except SystemExit:
+        if _error is None:
+            raise
+        raise _error from None
+
+
+def _end_at_once(error: Exception) -> None:
+    print(redact(f"watchtower: {error}"), file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _handle(*_: object) -> None:
     global _asked, _end_of_grace
     if _error is not None:
-        raise _error
+        # Of what a handler raises while Ray waits for something, only SystemExit and KeyboardInterrupt come through.
+        raise SystemExit(1)
     first, _asked = not _asked, True
     if first and _will_answer():
         _end_of_grace = _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -225,7 +225,7 @@ def test_a_thread_can_end_the_driver_with_its_error(repository):
     script = ("import threading\nfrom configs.errors import WatchtowerError\nfrom launch import stopping\n"
               "stopping.end_on_sigterm()\n"
               "thread = threading.Thread(target=lambda: stopping.interrupt(WatchtowerError('no room')))\n"
-              "try:\n    thread.start()\n    threading.Event().wait(60)\n"
+              "try:\n    with stopping.telling_why():\n        thread.start()\n        threading.Event().wait(60)\n"
               "except WatchtowerError as error:\n    print(error)\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "no room"), done.stderr
@@ -243,7 +243,8 @@ def test_only_the_first_error_is_raised_and_the_grace_ends_with_the_block(reposi
               "def fails(what):\n"
               "    thread = threading.Thread(target=stopping.interrupt, args=[WatchtowerError(what)])\n"
               "    thread.start()\n    thread.join()\n    time.sleep(0.05)\n"
-              "try:\n    fails('first')\nexcept WatchtowerError as error:\n    print(error)\n"
+              "try:\n    with stopping.telling_why():\n        fails('first')\n"
+              "except WatchtowerError as error:\n    print(error)\n"
               "fails('second')\nprint('cleaned up')\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, ["True", "143", "first", "cleaned", "up"]), done.stderr
