@@ -3,8 +3,8 @@
     with start_ray(config) as cluster:
         ...
 
-A local Ray is told of more CPUs than a small machine has, so that Ray Data and the index builder find one beside the
-training workers and never wait for ever. It gets a folder of its own under /tmp (its sockets need a short path, and a
+A local Ray is told of more CPUs than a small machine has, so that Ray Data and other tasks find one beside the training
+workers and never wait for ever. It gets a folder of its own under /tmp (its sockets need a short path, and a
 "current cluster" that a killed driver left behind must not catch us), no dashboard, and says nothing: workers speak
 through events.jsonl. The environment that workers need is set before Ray starts, which is faster than a runtime_env.
 
@@ -39,7 +39,7 @@ from launch.console import say
 from launch.resources import largest_task_cpus, worker_resources
 from launch.stopping import interrupt
 
-SPARE_CPUS = 2  # beside the training workers: one for Ray Data, one for the index builder
+SPARE_CPUS = 2  # beside the training workers, for Ray Data and other tasks
 TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 MIB = 2**20
@@ -76,7 +76,7 @@ def usable_cores() -> int:
 
 
 def local_cpus(config: Config, cores: int | None = None) -> int:
-    """CPUs that a local Ray is told of: enough for every worker, Ray Data and an index builder at once.
+    """CPUs that a local Ray is told of: enough for every worker, and tasks beside them.
 
     Whole ones: given a fraction, or 2.0, Ray's node does not start and times out.
     """
