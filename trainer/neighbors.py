@@ -74,13 +74,21 @@ def top_neighbors(item_P: np.ndarray, neighbor_P: np.ndarray, score_P: np.ndarra
     score_P = np.asarray(score_P, np.float32)
     keep_P = (item_P > 0) & (neighbor_P > 0) & (item_P != neighbor_P) & (score_P > 0) & np.isfinite(score_P)
     item, neighbor, score = item_P[keep_P], neighbor_P[keep_P], score_P[keep_P]
-    order = np.lexsort((neighbor, -score, item))
-    item, neighbor, score = item[order], neighbor[order], score[order]
+    if not _in_order(item, neighbor, score):  # the counting kernels' pairs are
+        order = np.lexsort((neighbor, -score, item))
+        item, neighbor, score = item[order], neighbor[order], score[order]
     first = np.searchsorted(item, np.arange(rows + 1))
     keep = np.arange(len(item)) - first[item] < top
     length_N = np.minimum(np.diff(first), top)
     return NeighborLists(np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64), neighbor[keep].astype(np.int32),
                          score[keep].astype(np.float32))
+
+
+def _in_order(item_P: np.ndarray, neighbor_P: np.ndarray, score_P: np.ndarray) -> bool:
+    """Whether the pairs are sorted by item, falling score and neighbour."""
+    same_P, gain_P = item_P[1:] == item_P[:-1], score_P[1:] - score_P[:-1]
+    return bool(((item_P[1:] > item_P[:-1])
+                 | (same_P & ((gain_P < 0) | ((gain_P == 0) & (neighbor_P[1:] > neighbor_P[:-1]))))).all())
 
 
 def publish_neighbors(channel_folder: Path, watermark_ms: int, lists: NeighborLists, vocabulary: Vocabulary,
