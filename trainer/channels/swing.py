@@ -7,10 +7,10 @@ I_u are u's distinct effective items in the window before the watermark; the int
 w_u are those of the published implementation (they damp busy users); the paper's formula alone is w_u = 1.
 
 Per item i, everything happens among its own users: their items are turned round once, into the users of i who hold j,
-for every j. The users of i, longest I_u first, then take turns: the later users v in the lists of u's items are counted,
-which gives |I_u and I_v|, and the same lists walked again add the pair's weight to s(i, j). So a pair costs the items
-that its users share, not those that they hold; a pair that shares i alone is never touched, and users who hold i alone
-are left out, as they add nothing. Memory is that of the items of i's users.
+for every j. The users of i, longest I_u first, then take turns: the later users v in the lists of u's items are
+counted, which gives |I_u and I_v|, and the same lists walked again add the pair's weight to s(i, j). So a pair costs
+the items that its users share, not those that they hold; a pair that shares i alone is never touched, and users who
+hold i alone are left out, as they add nothing. Memory is that of the items of i's users.
 
 Two caps bound the cost, both counted in the manifest. A user with more than `max_items_per_user` items keeps the
 latest viewed ones, which are then I_u. For the list of an item with more than `max_users_per_item` users (of two items
