@@ -15,11 +15,11 @@ def world_config(folder: Path, **sections: Any):
     return Config.model_validate({**sections, "data": {**data, **sections.get("data", {})}})
 
 
-def make_world(folder: Path, **spec: Any) -> None:
-    """Write a world into `folder/world`. A world of the same spec holds the same logs."""
+def make_world(folder: Path, **spec: Any) -> Any:
+    """Write a world into `folder/world` and sum it up. A world of the same spec holds the same logs."""
     from trainer.world import WorldSpec, write_world
 
-    write_world(folder / "world", WorldSpec(**spec), processes=1)
+    return write_world(folder / "world", WorldSpec(**spec), processes=1)
 
 
 def make_sequences(folder: Path, config) -> Any:

@@ -53,8 +53,9 @@ class Vocabulary:
 
     def _dense_rows(self, id_B: np.ndarray, low: int, high: int) -> np.ndarray:
         if self._row_of is None:
-            self._row_of = np.zeros(high - low + 1, np.int32)
-            self._row_of[self.id_V - low] = np.arange(1, len(self.id_V) + 1, dtype=np.int32)
+            row_of = np.zeros(high - low + 1, np.int32)
+            row_of[self.id_V - low] = np.arange(1, len(self.id_V) + 1, dtype=np.int32)
+            self._row_of = row_of  # whole before another thread can see it
         inside = (id_B >= low) & (id_B <= high)
         return np.where(inside, self._row_of[np.where(inside, id_B, low) - low], 0).astype(np.int32)
 
