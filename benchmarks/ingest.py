@@ -3,8 +3,8 @@
     python benchmarks/ingest.py [--users N] [--views N] [--rounds 5] [--json PATH]
 
 DuckDB reads the columns that ingest keeps and writes them `ORDER BY user_id, timestamp_ms` to Parquet. Ingest checks
-every row on the way, maps items to rows, takes duplicates out, counts statistics, and writes checksummed shards that are
-read through a memory map. Each is a process that lives through all rounds; files are in the page cache.
+every row on the way, maps items to rows, takes duplicates out, counts statistics, and writes checksummed shards that
+are read through a memory map. Each is a process that lives through all rounds; files are in the page cache.
 
     one core, all cores: ingest in one process, a thread a core (launch.ingest.SerialExecutor)
     Ray Data: the same tasks on a local Ray of all cores, which runs already; no mark

@@ -67,12 +67,13 @@ def duckdb(folder: Path, threads: int):
     connection = peer.connect()
     connection.execute(f"SET threads = {threads}")
     tables = {name: f"'{folder}/{name}.parquet'" for name in ("triggers", "lists", "future")}
-    sums = ", ".join(f"coalesce(sum(watch_ms) FILTER (channel = {c}), 0) AS reward_{c}" for c in range(len(CHANNELS)))
+    sums = ", ".join(f"coalesce(sum(h.watch_ms) FILTER (h.channel = {c}), 0) AS reward_{c}"
+                     for c in range(len(CHANNELS)))
 
     def answer(**_: Any) -> dict[str, Any]:
         began = time.perf_counter()
         connection.execute(f"""
-            COPY (SELECT t.request_id, t.position, {sums.replace('watch_ms', 'h.watch_ms').replace('channel', 'h.channel')}
+            COPY (SELECT t.request_id, t.position, {sums}
                   FROM {tables['triggers']} t LEFT JOIN (
                       SELECT x.request_id, x.position, l.channel, f.watch_ms FROM {tables['triggers']} x
                       JOIN {tables['lists']} l ON l.item = x.item

@@ -15,8 +15,8 @@ counts, a repeated item each time; one without a watch time counts null_watch_s.
 The counted views of a shard stand in one array, so a future (and a past) is a range of it. For each user, list and
 snapshot the views whose item is in the list are found once, through a hash table of the user's views; each request and
 each window is then a search in their places and one difference of prefix sums. Scratch is as long as the longest user's
-views. Most neighbours were never viewed, so the table is kept sparse: its slots are looked at without a branch, and only
-those that are taken are compared.
+views. Most neighbours were never viewed, so the table is kept sparse: its slots are looked at without a branch, and
+only those that are taken are compared.
 
 Shape suffixes: E = events of a shard, V = its counted views, R = requests, T = triggers of all of them, C = channels,
 K = ranges of views, W = windows, H = hits, G = triggers of a user with the requests taken together, N = vocabulary
