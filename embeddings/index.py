@@ -342,14 +342,19 @@ def _checked(vectors_ND: np.ndarray, item_ids_N: np.ndarray) -> tuple[np.ndarray
         raise ValueError(f"vectors {vectors_ND.shape} and ids {item_ids_N.shape}; expected (N, D) and (N,)")
     if not len(vectors_ND):
         raise InputError("no items to index: the catalogue is empty")
-    finite_N = np.isfinite(vectors_ND).all(axis=1)
+    # One product looks at every number: a sum is finite only where all of its row are. A row whose finite numbers add up
+    # to more than a float holds is looked at again.
+    with np.errstate(over="ignore", invalid="ignore"):
+        all_finite = np.isfinite(vectors_ND @ np.ones(vectors_ND.shape[1], np.float32)).all()
+    finite_N = np.ones(len(vectors_ND), bool) if all_finite else np.isfinite(vectors_ND).all(axis=1)
     if not finite_N.all():
         bad = int((~finite_N).sum())
         raise WatchtowerError(
             f"the vector of item {item_ids_N[np.argmin(finite_N)]} is not finite (so are {bad} of {len(finite_N)} in "
             f"all): the model has diverged, its index was not built"
         )
-    if (item_ids_N == -1).any() or len(np.unique(item_ids_N)) < len(item_ids_N):
+    rising = bool((item_ids_N[1:] > item_ids_N[:-1]).all())
+    if (item_ids_N == -1).any() or not rising and len(np.unique(item_ids_N)) < len(item_ids_N):
         raise WatchtowerError("item ids of an index must be distinct, and none may be -1, which marks a missing hit")
     return vectors_ND, item_ids_N
 
