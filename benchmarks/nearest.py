@@ -43,8 +43,10 @@ def rebuild_rows(folder: Path, items: int, width: int, rounds: int, threads: int
     item_ids_N = np.arange(items, dtype=np.int64) * 7 + 3
     rows = []
     for factory, search in (("Flat", {}), (f"IVF{round(items ** 0.5)},Flat", {"nprobe": 32})):
+        spec = IndexSpec(factory, search, "cpu", threads)
+        config = IndexConfig(factory=factory, search=search, device="cpu", threads=threads, min_recall=0.0)
 
-        def ours(spec: IndexSpec = IndexSpec(factory, search, "cpu", threads)) -> None:
+        def ours(spec: IndexSpec = spec) -> None:
             ItemIndex.build(vectors_ND, item_ids_N, spec).save(folder)
 
         def bare(factory: str = factory) -> None:
@@ -54,8 +56,7 @@ def rebuild_rows(folder: Path, items: int, width: int, rounds: int, threads: int
             index.add(vectors_ND)
             faiss.write_index(index, str(folder / "bare.faiss"))
 
-        def published(config: IndexConfig = IndexConfig(factory=factory, search=search, device="cpu", threads=threads,
-                                                        min_recall=0.0)) -> None:
+        def published(config: IndexConfig = config) -> None:
             publish_index(folder / "published", vectors_ND, item_ids_N, config, epoch=0, step=0, watermark_ms=1,
                           sample_QD=vectors_ND[:config.recall_queries], provenance={})
 

@@ -12,7 +12,7 @@ from trainer.neighbors import NeighborLists
 
 EXACT_UP_TO = 200_000  # items; beyond it inverted lists, whose cost grows with I sqrt(I) instead of I^2
 BATCH = 4096
-SPARE = 8  # beyond the best and the item itself, so that few are looked up again
+SPARE = 2  # beyond the best and the item itself, so that few are looked up again
 _SCORE_STEP = 1e-6  # scores closer than this count as equal: the last bits of a product depend on how it was blocked
 
 
