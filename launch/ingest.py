@@ -369,7 +369,7 @@ def write_shard(work: Work, rows: pa.Table) -> None:
             sequences.whole_file(work.staging / "quarantine" / f"part-shard-{shard:05d}.parquet",
                                  lambda path: pq.write_table(duplicates, path))
         sequences.whole_file(work.partial(f"shard-{shard:05d}.parquet"), lambda path: pq.write_table(seen, path))
-        _write_json(work.partial(f"shard-{shard:05d}.json"), asdict(summary))
+        _write_json(work.partial(f"shard-{shard:05d}.json"), vars(summary))
 
 
 def collect_items(work: Work, piece: Piece) -> None:

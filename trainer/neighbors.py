@@ -11,6 +11,7 @@ Shape suffixes: N = vocabulary rows with the unknown row 0, L = neighbours of al
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -184,6 +185,7 @@ class ChannelSnapshots:
                 raise InputError(f"channels.names has {name}, but {Path(folder) / name} holds no snapshot; run "
                                  "watchtower channels first")
         self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
+        self._loading = threading.Lock()  # threads that want the same lists wait for the one that reads them
 
     def numbers_at(self, time_ms_R: np.ndarray) -> np.ndarray:
         """int32 (R, C): the number of the snapshot that each request sees of each channel; NONE before the first.
@@ -214,7 +216,10 @@ class ChannelSnapshots:
 
     def lists(self, channel: int, number: int) -> NeighborLists:
         """The lists of a channel's snapshot; empty ones for NONE. The last few are kept."""
-        return NeighborLists.empty(self._vocabulary.rows) if number == NONE else self._load(channel, number)
+        if number == NONE:
+            return NeighborLists.empty(self._vocabulary.rows)
+        with self._loading:
+            return self._load(channel, number)
 
     def watermark_ms(self, channel: int, number: int) -> int | None:
         return None if number == NONE else self.snapshots[channel][number].watermark_ms
