@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 PYTEST := $(VENV)/bin/python -m pytest --timeout 900 --durations 10
 
 .PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-cluster \
-	test-real-logs faults soak bench lint clean
+	test-real-logs faults soak bench peers lint clean
 
 help:
 	@echo "make venv              the environment .venv; every target below makes it where it needs it"
@@ -25,7 +25,8 @@ help:
 	@echo "make fuzz              every reader against changed files, guided by coverage; SECONDS=60 of each, ONLY=config,logs"
 	@echo "make faults            100 seeded kills, a full disk, damaged files, a lost node: survived N of N (an hour or more)"
 	@echo "make soak              200 tiny epochs in one process tree: memory, files, threads, shared memory must be flat"
-	@echo "make bench             the training step against plain PyTorch, and two workers against one"
+	@echo "make bench             every part beside its peer or its limit (BENCHMARKS.md); ARGS='--only swing replay' some"
+	@echo "make peers             benchmarks/.venv-peers, which make bench makes by itself"
 	@echo "make lint              ruff and yamllint"
 	@echo "make clean             remove runs/, caches, .venv-fuzz and fuzz-findings/; .venv stays"
 
@@ -82,7 +83,12 @@ soak: $(STAMP)
 	$(VENV)/bin/python tests/faults/soak.py $(ARGS)
 
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/training_step.py --json benchmarks/results.json $(ARGS)
+	benchmarks/make-peers "$(VENV)/bin/python" || echo "make bench: without the peers; their rows are left out" >&2
+	$(VENV)/bin/python benchmarks/run_all.py $(ARGS)
+
+# What benchmarks are held against and does not fit into .venv.
+peers: $(STAMP)
+	benchmarks/make-peers "$(VENV)/bin/python"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

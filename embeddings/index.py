@@ -178,12 +178,11 @@ class ItemIndex:
         if vectors_ND.shape != (len(self.item_ids), self.width) or len(queries_QD) == 0:
             raise ValueError(f"vectors {vectors_ND.shape}, queries {queries_QD.shape}; index of {len(self.item_ids)}")
         k = min(k, len(self.item_ids))
-        exact = faiss.IndexFlatIP(self.width)
-        exact.add(np.ascontiguousarray(vectors_ND, dtype=np.float32))
+        vectors_ND = np.ascontiguousarray(vectors_ND, dtype=np.float32)
         shares = []
         for first in range(0, len(queries_QD), _EXACT_BATCH):
             batch_QD = np.ascontiguousarray(queries_QD[first : first + _EXACT_BATCH], dtype=np.float32)
-            _, best_QK = exact.search(batch_QD, k)
+            _, best_QK = faiss.knn(batch_QD, vectors_ND, k, metric=faiss.METRIC_INNER_PRODUCT)
             _, found_QK = self._search_positions(batch_QD, k)
             # Both sides scored by one function: an approximate index reports scores of its codes, not of the vectors.
             threshold_Q = _exact_scores(batch_QD, vectors_ND, best_QK).min(axis=1)
@@ -249,7 +248,8 @@ class ItemIndex:
         schema = pa.schema(
             [pa.field("item_id", pa.int64(), nullable=False)], metadata={_METADATA_KEY: json.dumps(described)}
         )
-        pq.write_table(pa.table([pa.array(self.item_ids)], schema=schema), folder / IDS_FILE)
+        pq.write_table(pa.table([pa.array(self.item_ids)], schema=schema), folder / IDS_FILE, use_dictionary=False,
+                       column_encoding={"item_id": "DELTA_BINARY_PACKED"})
 
     @classmethod
     def load(
@@ -342,14 +342,19 @@ def _checked(vectors_ND: np.ndarray, item_ids_N: np.ndarray) -> tuple[np.ndarray
         raise ValueError(f"vectors {vectors_ND.shape} and ids {item_ids_N.shape}; expected (N, D) and (N,)")
     if not len(vectors_ND):
         raise InputError("no items to index: the catalogue is empty")
-    finite_N = np.isfinite(vectors_ND).all(axis=1)
+    # One product looks at every number: a sum is finite only where all of its row are. Where finite numbers add up to
+    # more than a float holds, the rows are looked at again.
+    with np.errstate(over="ignore", invalid="ignore"):
+        all_finite = np.isfinite(vectors_ND @ np.ones(vectors_ND.shape[1], np.float32)).all()
+    finite_N = np.ones(len(vectors_ND), bool) if all_finite else np.isfinite(vectors_ND).all(axis=1)
     if not finite_N.all():
         bad = int((~finite_N).sum())
         raise WatchtowerError(
             f"the vector of item {item_ids_N[np.argmin(finite_N)]} is not finite (so are {bad} of {len(finite_N)} in "
             f"all): the model has diverged, its index was not built"
         )
-    if (item_ids_N == -1).any() or len(np.unique(item_ids_N)) < len(item_ids_N):
+    rising = bool((item_ids_N[1:] > item_ids_N[:-1]).all())
+    if (item_ids_N == -1).any() or not rising and len(np.unique(item_ids_N)) < len(item_ids_N):
         raise WatchtowerError("item ids of an index must be distinct, and none may be -1, which marks a missing hit")
     return vectors_ND, item_ids_N
 

@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -95,42 +96,82 @@ class Executor(Protocol):
 
 
 class SerialExecutor:
-    """All in this process: the tests' executor, and the one for logs that are not worth a cluster."""
+    """All in this process: the tests' executor, and the one for logs that are not worth a cluster.
+
+    Args:
+        threads: tasks at once.
+    """
 
     buffered_rows = 4_000_000
 
+    def __init__(self, threads: int = 1):
+        self.threads = threads
+
     def each(self, task, pieces):
-        for piece in pieces:
-            task(piece)
+        if self.threads == 1:
+            for piece in pieces:
+                task(piece)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(task, pieces))
 
     def group(self, read, write, pieces, shards, folder):
-        buffer, rows, spilled = [], 0, 0
-        for piece in pieces:
-            for table in read(piece):
-                buffer.append(table)
-                rows += table.num_rows
-                if rows >= self.buffered_rows:
-                    spilled = self._spill(pa.concat_tables(buffer), folder, spilled)
-                    buffer, rows = [], 0
-        rest = pa.concat_tables(buffer) if buffer else None
-        for shard in range(shards):
-            parts = [_read_stream(path) for path in sorted(folder.glob(f"{shard:05d}-*.arrows"))]
-            if rest is not None:
-                parts.append(rest.filter(pc.equal(rest["shard"], shard)))
-            if sum(part.num_rows for part in parts):
-                write(pa.concat_tables(parts))
+        buffer = _ShardBuffer(self.buffered_rows, shards, folder)
 
-    @staticmethod
-    def _spill(table: pa.Table, folder: Path, number: int) -> int:
-        shard = table["shard"].to_numpy()
-        by_shard = np.argsort(shard, kind="stable")
-        table = table.take(pa.array(by_shard))
-        found, start = np.unique(shard[by_shard], return_index=True)
-        for shard, begin, end in zip(found, start, [*start[1:], len(table)], strict=True):
-            with pa.OSFile(str(folder / f"{shard:05d}-{number:05d}.arrows"), "wb") as sink:
-                with pa.ipc.new_stream(sink, table.schema) as writer:
-                    writer.write_table(table.slice(begin, end - begin))
-        return number + 1
+        def take_in(piece: Piece) -> None:
+            for table in read(piece):
+                buffer.add(table)
+
+        def write_out(shard: int) -> None:
+            rows = buffer.of(shard)
+            if rows.num_rows:
+                write(rows)
+
+        self.each(take_in, pieces)
+        if buffer.close():
+            self.each(write_out, list(range(shards)))
+
+
+class _ShardBuffer:
+    """Rows by shard: in memory, and in files of a folder once there are more than so many. Threads may add."""
+
+    def __init__(self, most_rows: int, shards: int, folder: Path):
+        self._most_rows, self._shards, self._folder = most_rows, shards, folder
+        self._tables: list[pa.Table] = []
+        self._rows, self._spilled, self._lock = 0, 0, threading.Lock()
+
+    def add(self, table: pa.Table) -> None:
+        with self._lock:
+            self._tables.append(table)
+            self._rows += table.num_rows
+            if self._rows >= self._most_rows:
+                whole, at, begin = self._by_shard()
+                for shard in np.flatnonzero(np.diff(begin)):
+                    with (pa.OSFile(str(self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"), "wb") as sink,
+                          pa.ipc.new_stream(sink, whole.schema) as writer):
+                        writer.write_table(whole.take(pa.array(at[begin[shard]:begin[shard + 1]])))
+                self._tables, self._rows, self._spilled = [], 0, self._spilled + 1
+
+    def close(self) -> bool:
+        """Nothing more will be added; whether anything was."""
+        self._rest = self._by_shard() if self._tables else None
+        self._tables = []
+        return self._rest is not None or self._spilled > 0
+
+    def of(self, shard: int) -> pa.Table:
+        parts = [_read_stream(path) for path in sorted(self._folder.glob(f"{shard:05d}-*.arrows"))]
+        if self._rest is not None:
+            whole, at, begin = self._rest
+            parts.append(whole.take(pa.array(at[begin[shard]:begin[shard + 1]])))
+        return pa.concat_tables(parts)
+
+    def _by_shard(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+        """The rows in memory; their numbers by shard, and where each shard begins among these."""
+        whole = pa.concat_tables(self._tables).combine_chunks()
+        shard = whole["shard"].to_numpy()
+        narrow = shard.astype(np.uint16) if self._shards <= 1 << 16 else shard  # sorted by digits, not by comparing
+        begin = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=self._shards))])
+        return whole, np.argsort(narrow, kind="stable"), begin
 
 
 def _read_stream(path: Path) -> pa.Table:
@@ -328,7 +369,7 @@ def write_shard(work: Work, rows: pa.Table) -> None:
             sequences.whole_file(work.staging / "quarantine" / f"part-shard-{shard:05d}.parquet",
                                  lambda path: pq.write_table(duplicates, path))
         sequences.whole_file(work.partial(f"shard-{shard:05d}.parquet"), lambda path: pq.write_table(seen, path))
-        _write_json(work.partial(f"shard-{shard:05d}.json"), asdict(summary))
+        _write_json(work.partial(f"shard-{shard:05d}.json"), vars(summary))
 
 
 def collect_items(work: Work, piece: Piece) -> None:

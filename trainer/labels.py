@@ -26,11 +26,12 @@ Shape suffixes: T = triggers, C = channels, W = windows.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ from configs.schema import Config, ReplayConfig
 from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import read_parquet, whole_column
 from trainer.neighbors import ChannelSnapshots
-from trainer.replay import rewards_ms, unique_counts, unique_share
+from trainer.replay import rewards_ms, states_of, unique_counts, unique_share
 from trainer.sequences import MOST_SHARDS, SequenceStore, whole_file
 from trainer.triggers import RequestRule, TriggerRequests, is_future_view, is_routing_test_user, trigger_requests
 
@@ -49,7 +50,12 @@ FORMAT = 1  # of the labels folder
 LOW_BITS = 16  # of a forward value in ms: a bin of the first pass is 65.5 s wide
 ROW_GROUP = 131_072
 LISTS = {"reward": pa.float64(), "intensity": pa.float32(), "label": pa.bool_(), "uniqueness": pa.float32()}
-PLAIN = ("request_id", "user_id", "request_time_ms", "trigger_item_id", "position")
+PLAIN = {"request_id": pa.int64(), "user_id": pa.int64(), "request_time_ms": pa.int64(), "trigger_item_id": pa.int64(),
+         "position": pa.int32()}
+# A dictionary of forward values costs more than it saves.
+WRITTEN = {"compression": "lz4", "use_dictionary": list(PLAIN), "write_statistics": list(PLAIN)}
+TRIGGERS_AT_ONCE = 500_000  # of a shard: about 100 bytes each in memory
+MOST_BINS = 1 << 22  # of a count by value; more are sorted
 
 
 def label_windows(config: Config) -> list[int]:
@@ -62,25 +68,69 @@ def label_windows(config: Config) -> list[int]:
 
 def replay_shard(store: SequenceStore, number: int, rule: RequestRule, config: Config, snapshots: ChannelSnapshots,
                  folder: Path) -> None:
-    """Replay the requests of a shard: `<folder>/replay-<number>.npz` and its counts, `counts-<number>.json`."""
+    """Replay the requests of a shard, some at a time: `<folder>/replay-<number>.npy` (read by `replayed`) and its
+    counts, `counts-<number>.json`."""
     shard = store.open(number)
-    requests = trigger_requests(shard, number, rule, config)
-    windows, request_T = label_windows(config), requests.request_T
-    reward_ms_WTC = rewards_ms(shard, requests, is_future_view(shard, rule), snapshots, windows,
-                               config.replay.null_watch_s)
-    unique_TC, length_TC = unique_counts(requests, snapshots)
-    columns = {"request_id": requests.request_id_R[request_T], "user_id": requests.user_id_R[request_T],
-               "request_time_ms": requests.time_ms_R[request_T],
-               "trigger_item_id": store.vocabulary.ids_of(requests.trigger_row_T), "position": requests.position_T,
-               "reward_ms": reward_ms_WTC, "unique": unique_TC, "length": length_TC}
-    counts = LabelCounts.of(requests, reward_ms_WTC, unique_TC, length_TC)
-    whole_file(folder / f"replay-{number:05d}.npz", lambda path: _save(path, columns))
+    requests, is_future_E = trigger_requests(shard, number, rule, config), is_future_view(shard, rule)
+    windows = label_windows(config)
+    counts = LabelCounts.none(len(windows), len(snapshots.names))
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            for part in _parts(requests):
+                states = list(states_of(part, snapshots))
+                reward_ms_WTC = rewards_ms(shard, part, is_future_E, snapshots, windows, config.replay.null_watch_s,
+                                           states)
+                unique_TC, length_TC = unique_counts(part, snapshots, states)
+                counts.add(LabelCounts.of(part, reward_ms_WTC, unique_TC, length_TC))
+                _save(file, Replayed(part.request_id_R, part.user_id_R, part.time_ms_R, np.diff(part.trigger_offset_R1),
+                                     store.vocabulary.ids_of(part.trigger_row_T), part.position_T, reward_ms_WTC,
+                                     unique_TC, length_TC))
+
+    whole_file(folder / f"replay-{number:05d}.npy", write)
     whole_file(folder / f"counts-{number:05d}.json", lambda path: path.write_text(json.dumps(counts.as_json())))
 
 
-def _save(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # np.savez would add a suffix to the name
-        np.savez(file, **columns)
+@dataclass(frozen=True)
+class Replayed:
+    """What the first pass leaves of some requests: four arrays a request, and for each trigger its item and position
+    (T,), forward values (W, T, C) in ms, and |U| and |R| (T, C)."""
+
+    request_id_R: np.ndarray
+    user_id_R: np.ndarray
+    time_ms_R: np.ndarray
+    triggers_R: np.ndarray
+    item_id_T: np.ndarray
+    position_T: np.ndarray
+    reward_ms_WTC: np.ndarray
+    unique_TC: np.ndarray
+    length_TC: np.ndarray
+
+
+def _parts(requests: TriggerRequests) -> Iterator[TriggerRequests]:
+    """The requests in order, about TRIGGERS_AT_ONCE triggers at a time; one part at least."""
+    cuts = np.searchsorted(requests.trigger_offset_R1,
+                           np.arange(TRIGGERS_AT_ONCE, requests.trigger_offset_R1[-1], TRIGGERS_AT_ONCE))
+    edges = np.unique(np.concatenate([[0], cuts, [len(requests)]]))
+    for begin, end in zip(edges[:-1], edges[1:], strict=True) if len(edges) > 1 else [(0, 0)]:
+        yield requests.take(np.arange(begin, end))
+
+
+def _save(file: BinaryIO, found: Replayed) -> None:
+    for name, values in vars(found).items():
+        # In as few bytes as hold them: the pass that reads them waits for the disk.
+        if name in ("position_T", "reward_ms_WTC", "unique_TC", "length_TC") and values.size:
+            values = values.astype(np.min_scalar_type(values.max()))
+        np.save(file, values)
+
+
+def replayed(folder: Path, number: int) -> Iterator[Replayed]:
+    """What the first pass left of a shard, part by part."""
+    with open(folder / f"replay-{number:05d}.npy", "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        while file.tell() < end:
+            yield Replayed(*(np.load(file, allow_pickle=False) for _ in fields(Replayed)))
 
 
 @dataclass
@@ -109,10 +159,10 @@ class LabelCounts:
            ) -> LabelCounts:
         high = [[_counts(reward_TC[:, c][reward_TC[:, c] > 0] >> LOW_BITS) for c in range(reward_TC.shape[1])]
                 for reward_TC in reward_ms_WTC]
-        lists = []
-        for unique_T, length_T in zip(unique_TC.T, length_TC.T, strict=True):
-            pair, count = np.unique(np.stack([unique_T, length_T])[:, length_T > 0], axis=1, return_counts=True)
-            lists.append({(int(u), int(n)): int(k) for (u, n), k in zip(pair.T, count, strict=True)})
+        lists, wide = [], int(length_TC.max(initial=0)) + 1
+        for unique_T, length_T in zip(unique_TC.T.astype(np.int64), length_TC.T, strict=True):
+            pairs = _counts((unique_T * wide + length_T)[length_T > 0])
+            lists.append({divmod(pair, wide): count for pair, count in pairs.items()})
         return cls(len(requests), len(requests.trigger_row_T), (reward_ms_WTC > 0).sum(axis=1).tolist(),
                    reward_ms_WTC.sum(axis=1).tolist(), high, lists)
 
@@ -138,7 +188,13 @@ class LabelCounts:
 
 
 def _counts(values: np.ndarray) -> dict[int, int]:
-    found, count = np.unique(values, return_counts=True)
+    """How often each value, at least 0, is there."""
+    if values.max(initial=0) < MOST_BINS:
+        count = np.bincount(values)
+        found = np.flatnonzero(count)
+        count = count[found]
+    else:
+        found, count = np.unique(values, return_counts=True)
     return dict(zip(found.tolist(), count.tolist(), strict=True))
 
 
@@ -218,13 +274,13 @@ def quantiles_s(counts: LabelCounts, share: float, folder: Path, shards: int) ->
     bins = [[(_lower_quantile(one, share) if one else None) for one in high_C] for high_C in counts.high]
     low = [[np.zeros(1 << LOW_BITS, np.int64) for _ in high_C] for high_C in counts.high]
     for number in range(shards):
-        reward_ms_WTC = np.load(folder / f"replay-{number:05d}.npz", allow_pickle=False)["reward_ms"]
-        for w, bins_C in enumerate(bins):
-            for c, bin_ in enumerate(bins_C):
-                if bin_ is not None:
-                    value_T = reward_ms_WTC[w, :, c]
-                    inside = value_T[(value_T > 0) & (value_T >> LOW_BITS == bin_)] & ((1 << LOW_BITS) - 1)
-                    low[w][c] += np.bincount(inside, minlength=1 << LOW_BITS)
+        for part in replayed(folder, number):
+            for w, bins_C in enumerate(bins):
+                for c, bin_ in enumerate(bins_C):
+                    if bin_ is not None:
+                        value_T = part.reward_ms_WTC[w, :, c].astype(np.int64)
+                        inside = value_T[(value_T > 0) & (value_T >> LOW_BITS == bin_)] & ((1 << LOW_BITS) - 1)
+                        low[w][c] += np.bincount(inside, minlength=1 << LOW_BITS)
     return [[_value_at(counts.high[w][c], bin_, low[w][c], share) / 1000 for c, bin_ in enumerate(bins_C)]
             for w, bins_C in enumerate(bins)]
 
@@ -251,21 +307,38 @@ def write_part(number: int, folder: Path, into: Path, windows: Sequence[int], sc
         folder: of the first pass. into: the labels folder.
     """
     positive_WC = []
-    with np.load(folder / f"replay-{number:05d}.npz", allow_pickle=False) as read:
-        rho_TC = unique_share(read["unique"], read["length"])
-        plain = {name: read[name] for name in PLAIN}
-        for window, scale, reward_ms_TC in zip(windows, scales, read["reward_ms"], strict=True):
-            label_TC = scale.label(reward_ms_TC)
-            positive_WC.append(label_TC.sum(axis=0).tolist())
-            lists = {"reward": reward_ms_TC / 1000, "intensity": scale.intensity(reward_ms_TC), "label": label_TC,
-                     "uniqueness": rho_TC}
-            table = pa.table({**plain, **{name: _fixed(values_TC, LISTS[name]) for name, values_TC in lists.items()}})
-            place = window_folder(into, window, windows)
-            place.mkdir(parents=True, exist_ok=True)
-            whole_file(place / f"part-{number:05d}.parquet",
-                       lambda path, table=table: pq.write_table(table, path, row_group_size=ROW_GROUP,
-                                                                compression="zstd"))
+    for at, (window, scale) in enumerate(zip(windows, scales, strict=True)):
+        place, positive_C = window_folder(into, window, windows), np.zeros(len(scale.cap), np.int64)
+        place.mkdir(parents=True, exist_ok=True)
+
+        def write(path: Path, at: int = at, scale: Scales = scale, positive_C: np.ndarray = positive_C) -> None:
+            with pq.ParquetWriter(path, _schema(len(scale.cap)), **WRITTEN) as writer:
+                for part in replayed(folder, number):
+                    table = _labelled(part, at, scale)
+                    positive_C += table["label"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(
+                        -1, len(scale.cap)).sum(axis=0)
+                    writer.write_table(table, ROW_GROUP)
+
+        whole_file(place / f"part-{number:05d}.parquet", write)
+        positive_WC.append(positive_C.tolist())
     whole_file(folder / f"positive-{number:05d}.json", lambda path: path.write_text(json.dumps(positive_WC)))
+
+
+def _labelled(part: Replayed, window: int, scale: Scales) -> pa.Table:
+    """The rows of a part for one of the windows."""
+    reward_ms_TC = part.reward_ms_WTC[window].astype(np.int64)
+    plain = [*(np.repeat(values_R, part.triggers_R) for values_R in (part.request_id_R, part.user_id_R,
+                                                                     part.time_ms_R)),
+             part.item_id_T, part.position_T]
+    lists = [reward_ms_TC / 1000, scale.intensity(reward_ms_TC), scale.label(reward_ms_TC),
+             unique_share(part.unique_TC, part.length_TC)]
+    return pa.table([*(pa.array(values, kind) for values, kind in zip(plain, PLAIN.values(), strict=True)),
+                     *(_fixed(values, kind) for values, kind in zip(lists, LISTS.values(), strict=True))],
+                    schema=_schema(len(scale.cap)))
+
+
+def _schema(channels: int) -> pa.Schema:
+    return pa.schema([*PLAIN.items(), *((name, pa.list_(kind, channels)) for name, kind in LISTS.items())])
 
 
 def _fixed(values_TC: np.ndarray, kind: pa.DataType) -> pa.Array:

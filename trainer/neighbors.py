@@ -11,6 +11,7 @@ Shape suffixes: N = vocabulary rows with the unknown row 0, L = neighbours of al
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -74,13 +75,21 @@ def top_neighbors(item_P: np.ndarray, neighbor_P: np.ndarray, score_P: np.ndarra
     score_P = np.asarray(score_P, np.float32)
     keep_P = (item_P > 0) & (neighbor_P > 0) & (item_P != neighbor_P) & (score_P > 0) & np.isfinite(score_P)
     item, neighbor, score = item_P[keep_P], neighbor_P[keep_P], score_P[keep_P]
-    order = np.lexsort((neighbor, -score, item))
-    item, neighbor, score = item[order], neighbor[order], score[order]
+    if not _in_order(item, neighbor, score):  # the counting kernels' pairs are
+        order = np.lexsort((neighbor, -score, item))
+        item, neighbor, score = item[order], neighbor[order], score[order]
     first = np.searchsorted(item, np.arange(rows + 1))
     keep = np.arange(len(item)) - first[item] < top
     length_N = np.minimum(np.diff(first), top)
     return NeighborLists(np.concatenate([[0], np.cumsum(length_N)]).astype(np.int64), neighbor[keep].astype(np.int32),
                          score[keep].astype(np.float32))
+
+
+def _in_order(item_P: np.ndarray, neighbor_P: np.ndarray, score_P: np.ndarray) -> bool:
+    """Whether the pairs are sorted by item, falling score and neighbour."""
+    same_P, gain_P = item_P[1:] == item_P[:-1], score_P[1:] - score_P[:-1]
+    return bool(((item_P[1:] > item_P[:-1])
+                 | (same_P & ((gain_P < 0) | ((gain_P == 0) & (neighbor_P[1:] > neighbor_P[:-1]))))).all())
 
 
 def publish_neighbors(channel_folder: Path, watermark_ms: int, lists: NeighborLists, vocabulary: Vocabulary,
@@ -176,6 +185,7 @@ class ChannelSnapshots:
                 raise InputError(f"channels.names has {name}, but {Path(folder) / name} holds no snapshot; run "
                                  "watchtower channels first")
         self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
+        self._loading = threading.Lock()  # threads that want the same lists wait for the one that reads them
 
     def numbers_at(self, time_ms_R: np.ndarray) -> np.ndarray:
         """int32 (R, C): the number of the snapshot that each request sees of each channel; NONE before the first.
@@ -206,7 +216,10 @@ class ChannelSnapshots:
 
     def lists(self, channel: int, number: int) -> NeighborLists:
         """The lists of a channel's snapshot; empty ones for NONE. The last few are kept."""
-        return NeighborLists.empty(self._vocabulary.rows) if number == NONE else self._load(channel, number)
+        if number == NONE:
+            return NeighborLists.empty(self._vocabulary.rows)
+        with self._loading:
+            return self._load(channel, number)
 
     def watermark_ms(self, channel: int, number: int) -> int | None:
         return None if number == NONE else self.snapshots[channel][number].watermark_ms

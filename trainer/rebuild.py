@@ -146,7 +146,7 @@ def publish_index(parent: Path, vectors_ND: np.ndarray, item_ids_N: np.ndarray, 
         sample_QD = sample_QD[np.isfinite(sample_QD).all(axis=1)]
         sample_QD = sample_QD if len(sample_QD) else vectors_ND[:config.recall_queries]
     facts = {"recall_vs_exact": float(index.recall_against_exact(sample_QD, min(100, len(item_ids_N)))),
-             "build_s": float(index.build_seconds), "bytes": int(index.bytes)}
+             "build_s": float(index.build_seconds)}
     failed = _failed_gate(index, facts["recall_vs_exact"], config, validation_recall)
     target = parent / f"{watermark_ms}-{step}" if failed is None else rejected
     # Seconds are no part of the manifest: a run that continues publishes the same index again.
@@ -158,7 +158,7 @@ def publish_index(parent: Path, vectors_ND: np.ndarray, item_ids_N: np.ndarray, 
     publish(target, index.save, manifest, replace=True)
     if failed is not None:
         raise QualityGateError(f"{failed}; it was not published, and is kept in {target}")
-    return target, facts
+    return target, {**facts, "bytes": int(index.bytes)}
 
 
 def _failed_gate(index: ItemIndex, recall: float, config: IndexConfig,

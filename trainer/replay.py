@@ -14,8 +14,9 @@ counts, a repeated item each time; one without a watch time counts null_watch_s.
 
 The counted views of a shard stand in one array, so a future (and a past) is a range of it. For each user, list and
 snapshot the views whose item is in the list are found once, through a hash table of the user's views; each request and
-each window is then two binary searches in their places and one difference of prefix sums. Scratch is as long as the
-longest user's views.
+each window is then a search in their places and one difference of prefix sums. Scratch is as long as the longest user's
+views. Most neighbours were never viewed, so the table is kept sparse: its slots are looked at without a branch, and
+only those that are taken are compared.
 
 Shape suffixes: E = events of a shard, V = its counted views, R = requests, T = triggers of all of them, C = channels,
 K = ranges of views, W = windows, H = hits, G = triggers of a user with the requests taken together, N = vocabulary
@@ -24,7 +25,7 @@ rows, L = neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -111,42 +112,44 @@ def future_items(shard: SequenceShard, requests: TriggerRequests, is_future_E: n
 # ---------------------------------------------------------------------------------------------------- forward values
 
 def rewards_ms(shard: SequenceShard, requests: TriggerRequests, is_future_E: np.ndarray, snapshots: ChannelSnapshots,
-               windows: Sequence[int], null_watch_s: float) -> np.ndarray:
+               windows: Sequence[int], null_watch_s: float, states: Sequence[State] | None = None) -> np.ndarray:
     """Forward values of Eq. 3 for every trigger and channel.
 
     Args:
-        is_future_E: of trainer.triggers.is_future_view. windows: W of each.
+        is_future_E: of trainer.triggers.is_future_view. windows: W of each. states: as of `replay`.
 
     Returns:
         int64 (len(windows), T, C), milliseconds.
     """
     views = counted_views(shard, is_future_E, null_watch_s)
     ranges = [future_range(views, requests, window) for window in windows]
-    low_TK, high_TK = (np.stack([part[requests.request_T] for part in side], axis=1)
-                       for side in zip(*ranges, strict=True))
-    sum_KTC, _ = replay(views, requests, low_TK, high_TK, snapshots)
+    low_RK, high_RK = (np.stack(side, axis=1) for side in zip(*ranges, strict=True))
+    sum_KTC, _ = replay(views, requests, low_RK, high_RK, snapshots, states=states)
     return sum_KTC
 
 
-def replay(views: CountedViews, requests: TriggerRequests, low_TK: np.ndarray, high_TK: np.ndarray,
-           snapshots: ChannelSnapshots) -> tuple[np.ndarray, np.ndarray]:
+def replay(views: CountedViews, requests: TriggerRequests, low_RK: np.ndarray, high_RK: np.ndarray,
+           snapshots: ChannelSnapshots, states: Sequence[State] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What each trigger's list, as its request sees it, holds of ranges of the user's views.
 
     Args:
-        low_TK, high_TK: int64 (T, K), views low to high of CountedViews; empty where high <= low.
+        low_RK, high_RK: int64 (R, K), views low to high of CountedViews; empty where high <= low.
+        states: of `states_of` the same requests, where they are there already.
 
     Returns:
         The watch time int64 (K, T, C), ms, and the number int32 (K, T, C) of the views whose item is in the list.
     """
-    shape_KTC = (low_TK.shape[1], len(requests.trigger_row_T), len(snapshots.names))
+    shape_KTC = (low_RK.shape[1], len(requests.trigger_row_T), len(snapshots.names))
     sum_KTC, count_KTC = np.zeros(shape_KTC, np.int64), np.zeros(shape_KTC, np.int32)
-    for _, state_C, groups in states_of(requests, snapshots):
+    for state_C, groups in states_of(requests, snapshots) if states is None else states:
+        low_U, high_U = groups.bounds(low_RK, high_RK)
         for channel, number in enumerate(state_C):
             lists = snapshots.lists(channel, int(number))
             if len(lists.neighbor_L):
-                _sum_ranges(views.row_V, views.watch_ms_V, low_TK, high_TK, groups.at_T, groups.begin_G1, groups.row_G,
-                            groups.first_U1, lists.offset_N1, lists.neighbor_L, groups.longest(low_TK, high_TK),
-                            sum_KTC[:, :, channel], count_KTC[:, :, channel])
+                _sum_ranges(views.row_V, views.watch_ms_V, low_RK, high_RK, low_U, high_U, groups.request_T,
+                            groups.at_T, groups.begin_G1, groups.row_G, groups.first_U1, lists.offset_N1,
+                            lists.neighbor_L, int(lists.length_N.max()), sum_KTC[:, :, channel],
+                            count_KTC[:, :, channel])
     return sum_KTC, count_KTC
 
 
@@ -169,35 +172,40 @@ def hits(shard: SequenceShard, requests: TriggerRequests, is_future_E: np.ndarra
     """
     views = counted_views(shard, is_future_E, 0.0)
     low_R, high_R = future_range(views, requests, len(views.row_V) if window is None else window)
-    low_T, high_T = low_R[requests.request_T], high_R[requests.request_T]
-    _, count_KTC = replay(views, requests, low_T[:, None], high_T[:, None], snapshots)
+    low_R1, high_R1, states = low_R[:, None], high_R[:, None], list(states_of(requests, snapshots))
+    _, count_KTC = replay(views, requests, low_R1, high_R1, snapshots, states)
     offset_TC1 = np.concatenate([[0], np.cumsum(count_KTC[0].ravel(), dtype=np.int64)])
     begin_TC = offset_TC1[:-1].reshape(count_KTC.shape[1:])
     begin_R = np.cumsum(high_R - low_R) - (high_R - low_R)
-    # From an index of the shard's views to one of FutureItems.
-    shift_T = (begin_R - low_R)[requests.request_T]
     view_H, rank_H = np.zeros(offset_TC1[-1], np.int64), np.zeros(offset_TC1[-1], np.int32)
-    for _, state_C, groups in states_of(requests, snapshots):
+    for state_C, groups in states:
+        low_U, high_U = groups.bounds(low_R1, high_R1)
         for channel, number in enumerate(state_C):
             lists = snapshots.lists(channel, int(number))
             if len(lists.neighbor_L):
-                _fill_hits(views.row_V, low_T, high_T, shift_T, groups.at_T, groups.begin_G1, groups.row_G,
-                           groups.first_U1, lists.offset_N1, lists.neighbor_L,
-                           groups.longest(low_T[:, None], high_T[:, None]), begin_TC[:, channel], view_H, rank_H)
+                # The last shift is from an index of the shard's views to one of FutureItems.
+                _fill_hits(views.row_V, low_R, high_R, low_U, high_U, groups.request_T, groups.at_T, groups.begin_G1,
+                           groups.row_G, groups.first_U1, lists.offset_N1, lists.neighbor_L,
+                           int(lists.length_N.max()), begin_TC[:, channel], begin_R - low_R, view_H, rank_H)
     return Hits(offset_TC1, view_H, rank_H)
 
 
 # -------------------------------------------------------------------------------------------------------- uniqueness
 
-def unique_counts(requests: TriggerRequests, snapshots: ChannelSnapshots) -> tuple[np.ndarray, np.ndarray]:
-    """|U_c| and |R_c| of Eq. 10-11: int32 (T, C) items that no other channel returns, int32 (T, C) all of the list."""
+def unique_counts(requests: TriggerRequests, snapshots: ChannelSnapshots, states: Sequence[State] | None = None
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """|U_c| and |R_c| of Eq. 10-11: int32 (T, C) items that no other channel returns, int32 (T, C) all of the list.
+
+    Args:
+        states: as of `replay`.
+    """
     shape_TC = (len(requests.trigger_row_T), len(snapshots.names))
     unique_TC, length_TC = np.zeros(shape_TC, np.int32), np.zeros(shape_TC, np.int32)
-    for at_T, state_C, _ in states_of(requests, snapshots):
-        row_X, place_T = np.unique(requests.trigger_row_T[at_T], return_inverse=True)
+    for state_C, groups in states_of(requests, snapshots) if states is None else states:
+        row_X, place_G = np.unique(groups.row_G, return_inverse=True)
         lists = [snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C)]
-        unique_TC[at_T] = unique_of(row_X, lists)[place_T]
-        length_TC[at_T] = np.stack([one.length_N[row_X] for one in lists], axis=1)[place_T]
+        length_XC = np.stack([one.length_N[row_X] for one in lists], axis=1).astype(np.int32)
+        _spread(groups.at_T, groups.begin_G1, place_G, unique_of(row_X, lists), length_XC, unique_TC, length_TC)
     return unique_TC, length_TC
 
 
@@ -230,6 +238,16 @@ def ranges(begin_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
+def _spread(at_T, begin_G1, place_G, unique_XC, length_XC, unique_TC, length_TC):  # pragma: no cover - compiled
+    """Give every trigger of a group the numbers of its item."""
+    for group in range(len(place_G)):
+        for place in range(begin_G1[group], begin_G1[group + 1]):
+            for channel in range(unique_XC.shape[1]):
+                unique_TC[at_T[place], channel] = unique_XC[place_G[group], channel]
+                length_TC[at_T[place], channel] = length_XC[place_G[group], channel]
+
+
+@numba.njit(cache=True, nogil=True)
 def _count_unique(item_M, offset_XC1, channels, seen_N, unique_XC):  # pragma: no cover - compiled
     """seen_N: 0; 2x + 1 is written where one channel has the item for row x, 2x + 2 where more have."""
     for x in range(len(unique_XC)):
@@ -246,44 +264,110 @@ def _count_unique(item_M, offset_XC1, channels, seen_N, unique_XC):  # pragma: n
 class TriggerGroups:
     """Triggers of one state by user and item: what the requests of a user share is looked up once.
 
-    at_T: int64 triggers, sorted by user and row. begin_G1: int64, where each group begins in at_T. row_G: int32, its
-    item. first_U1: int64, the first group of each user who has any.
+    at_T: int64 triggers, by user and item. begin_G1: int64, where each group begins in at_T. row_G: int32, its item.
+    first_U1: int64, the first group of each user who has any. request_T: int32, the request of every trigger, of this
+    state or another.
     """
 
     at_T: np.ndarray
     begin_G1: np.ndarray
     row_G: np.ndarray
     first_U1: np.ndarray
+    request_T: np.ndarray
 
-    def longest(self, low_TK: np.ndarray, high_TK: np.ndarray) -> int:
-        """Views that a user's ranges span, at most."""
-        if not len(self.at_T) or not low_TK.shape[1]:
-            return 0
-        begin_U = self.begin_G1[self.first_U1[:-1]]
-        low_U = np.minimum.reduceat(low_TK[self.at_T].min(axis=1), begin_U)
-        high_U = np.maximum.reduceat(high_TK[self.at_T].max(axis=1), begin_U)
-        return max(0, int((high_U - low_U).max()))
+    def bounds(self, low_RK: np.ndarray, high_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (U,) and (U,): the views that each user's ranges span, low to high; high is 0 where all are empty."""
+        return _bounds(low_RK, high_RK, self.request_T, self.at_T, self.begin_G1[self.first_U1])
 
 
-def states_of(requests: TriggerRequests, snapshots: ChannelSnapshots):
-    """For each combination of snapshots that requests see: its triggers int64, snapshot numbers (C,), TriggerGroups."""
+State = tuple[np.ndarray, TriggerGroups]
+"""int32 (C,) the snapshot of each channel, and the triggers of the requests that see these."""
+
+
+def states_of(requests: TriggerRequests, snapshots: ChannelSnapshots) -> Iterator[State]:
+    """Each combination of snapshots that requests see, with its triggers."""
     state_SC, state_R = snapshots.states(requests.time_ms_R)
-    request_T = requests.request_T
-    state_T = state_R[request_T]
-    order_T = np.lexsort((requests.trigger_row_T, requests.user_R[request_T], state_T))
-    bounds_S1 = np.searchsorted(state_T[order_T], np.arange(len(state_SC) + 1))
+    request_T = requests.request_T.astype(np.int32)
+    order_R = np.lexsort((requests.user_R, state_R))
+    bounds_S1 = np.searchsorted(state_R[order_R], np.arange(len(state_SC) + 1))
     for state, state_C in enumerate(state_SC):
-        at_T = order_T[bounds_S1[state]:bounds_S1[state + 1]]
+        request_X = order_R[bounds_S1[state]:bounds_S1[state + 1]]
+        at_T, begin_G, row_G, first_U = _grouped(request_X, requests.user_R, requests.trigger_offset_R1,
+                                                 requests.trigger_row_T)
         if len(at_T):
-            yield np.sort(at_T), state_C, _group(at_T, requests.user_R[request_T[at_T]], requests.trigger_row_T[at_T])
+            yield state_C, TriggerGroups(at_T, np.append(begin_G, len(at_T)), row_G, np.append(first_U, len(row_G)),
+                                         request_T)
 
 
-def _group(at_T: np.ndarray, user_T: np.ndarray, row_T: np.ndarray) -> TriggerGroups:
-    new_user_T = np.concatenate([[True], np.diff(user_T) != 0])
-    new_T = new_user_T | np.concatenate([[True], np.diff(row_T) != 0])
-    begin_G = np.flatnonzero(new_T)
-    return TriggerGroups(at_T, np.append(begin_G, len(at_T)), row_T[begin_G],
-                         np.append(np.flatnonzero(new_user_T[begin_G]), len(begin_G)))
+@numba.njit(cache=True, nogil=True)
+def _grouped(request_X, user_R, offset_R1, row_T):  # pragma: no cover - compiled
+    """The triggers of requests, sorted by user, by user and item: triggers, and of the groups where each begins and its
+    item, and the first group of each user."""
+    triggers, most, held, users = 0, 0, 0, 0
+    for x in range(len(request_X)):
+        if x == 0 or user_R[request_X[x]] != user_R[request_X[x - 1]]:
+            held, users = 0, users + 1
+        held += offset_R1[request_X[x] + 1] - offset_R1[request_X[x]]
+        triggers += offset_R1[request_X[x] + 1] - offset_R1[request_X[x]]
+        most = max(most, held)
+    at_T, group_T = np.zeros(triggers, np.int64), np.zeros(most, np.int32)
+    begin_G, row_G = np.zeros(triggers, np.int64), np.zeros(triggers, np.int32)
+    first_U = np.zeros(users, np.int64)
+    slots = 2
+    while slots < 2 * most:
+        slots *= 2
+    key_S, group_S = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    groups, user, x, begin = 0, 0, 0, 0
+    while x < len(request_X):
+        end, held = x, 0
+        while end < len(request_X) and user_R[request_X[end]] == user_R[request_X[x]]:
+            held += offset_R1[request_X[end] + 1] - offset_R1[request_X[end]]
+            end += 1
+        if held == 0:
+            x = end
+            continue
+        size = 2
+        while size < 2 * held:
+            size *= 2
+        mask, first, seen = np.uint32(size - 1), groups, 0
+        key_S[:size] = 0
+        for r in request_X[x:end]:
+            for t in range(offset_R1[r], offset_R1[r + 1]):
+                slot = _slot(key_S, mask, row_T[t])
+                if key_S[slot] == 0:
+                    key_S[slot], group_S[slot], row_G[groups] = row_T[t], groups, row_T[t]
+                    groups += 1
+                group_T[seen] = group_S[slot]
+                begin_G[group_S[slot]] += 1
+                seen += 1
+        for group in range(first, groups):
+            begin_G[group], begin = begin, begin + begin_G[group]
+        seen = 0
+        for r in request_X[x:end]:
+            for t in range(offset_R1[r], offset_R1[r + 1]):
+                at_T[begin_G[group_T[seen]]] = t
+                begin_G[group_T[seen]] += 1
+                seen += 1
+        for group in range(groups - 1, first, -1):
+            begin_G[group] = begin_G[group - 1]
+        begin_G[first] = begin - held
+        first_U[user] = first
+        user, x = user + 1, end
+    return at_T, begin_G[:groups], row_G[:groups], first_U[:user]
+
+
+@numba.njit(cache=True, nogil=True)
+def _bounds(low_RK, high_RK, request_T, at_T, begin_U1):  # pragma: no cover - compiled
+    low_U, high_U = np.zeros(len(begin_U1) - 1, np.int64), np.zeros(len(begin_U1) - 1, np.int64)
+    for user in range(len(begin_U1) - 1):
+        low, high = np.iinfo(np.int64).max, 0
+        for place in range(begin_U1[user], begin_U1[user + 1]):
+            r = request_T[at_T[place]]
+            for k in range(low_RK.shape[1]):
+                if high_RK[r, k] > low_RK[r, k]:
+                    low, high = min(low, low_RK[r, k]), max(high, high_RK[r, k])
+        low_U[user], high_U[user] = low, high
+    return low_U, high_U
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
@@ -301,9 +385,9 @@ def _slot(key_S, mask, row):  # pragma: no cover - compiled
 
 @numba.njit(cache=True, nogil=True)
 def _look_up_table(row_V, low, high, key_S, head_S, next_V):  # pragma: no cover - compiled
-    """Fill the table with the views low to high; the mask of its size, at least twice the views."""
-    size = 2
-    while size < 2 * (high - low):
+    """Fill the table with the views low to high; the mask of its size, at least eight times the views."""
+    size = 8
+    while size < 8 * (high - low):
         size *= 2
     mask = np.uint32(size - 1)
     key_S[:size] = 0
@@ -319,39 +403,67 @@ def _look_up_table(row_V, low, high, key_S, head_S, next_V):  # pragma: no cover
 
 
 @numba.njit(cache=True, nogil=True)
-def _scratch(longest):  # pragma: no cover - compiled
-    """Arrays for a user of so many views: key_S, head_S, next_V, found_V, before_V1."""
-    slots = 2
-    while slots < 2 * longest:
+def _scratch(low_U, high_U, longest_list):  # pragma: no cover - compiled
+    """Arrays for the user of most views: key_S, head_S, next_V, found_V, before_V1; and for a list: taken_L."""
+    longest = 0
+    for user in range(len(low_U)):
+        longest = max(longest, high_U[user] - low_U[user])
+    slots = 8
+    while slots < 8 * longest:
         slots *= 2
     return (np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(longest, np.int32),
-            np.zeros(longest, np.int64), np.zeros(longest + 1, np.int64))
+            np.zeros(longest, np.int64), np.zeros(longest + 1, np.int64), np.zeros(longest_list + 1, np.int32))
 
 
 @numba.njit(cache=True, nogil=True)
-def _bounds_of_user(low_TK, high_TK, at_T, begin, end):  # pragma: no cover - compiled
-    low, high = np.iinfo(np.int64).max, 0
+def _taken_slots(key_S, mask, neighbor_L, begin, end, taken_L):  # pragma: no cover - compiled
+    """Places of a list whose slot in the table is taken, so that they may be there, counted from begin; how many."""
+    taken = 0
     for place in range(begin, end):
-        for k in range(low_TK.shape[1]):
-            if high_TK[at_T[place], k] > low_TK[at_T[place], k]:
-                low = min(low, low_TK[at_T[place], k])
-                high = max(high, high_TK[at_T[place], k])
-    return low, high
+        slot = ((np.uint32(neighbor_L[place]) * np.uint32(2654435769)) >> np.uint32(11)) & mask
+        taken_L[taken] = place - begin
+        taken += key_S[slot] != 0
+    return taken
 
 
 @numba.njit(cache=True, nogil=True)
-def _sum_ranges(row_V, watch_ms_V, low_TK, high_TK, at_T, begin_G1, row_G, first_U1, offset_N1, neighbor_L, longest,
-                sum_KT, count_KT):  # pragma: no cover - compiled
-    key_S, head_S, next_V, found_V, before_V1 = _scratch(longest)
+def _sort(values, count):  # pragma: no cover - compiled
+    """Sort the first values in place; there are hardly ever more than a few."""
+    if count > 32:
+        values[:count].sort()
+        return
+    for k in range(1, count):
+        value, at = values[k], k
+        while at > 0 and values[at - 1] > value:
+            values[at] = values[at - 1]
+            at -= 1
+        values[at] = value
+
+
+@numba.njit(cache=True, nogil=True)
+def _first_from(values, count, bound):  # pragma: no cover - compiled
+    """How many of the first, sorted values lie below the bound."""
+    if count > 16:
+        return np.searchsorted(values[:count], bound)
+    at = 0
+    while at < count and values[at] < bound:
+        at += 1
+    return at
+
+
+@numba.njit(cache=True, nogil=True)
+def _sum_ranges(row_V, watch_ms_V, low_RK, high_RK, low_U, high_U, request_T, at_T, begin_G1, row_G, first_U1,
+                offset_N1, neighbor_L, longest_list, sum_KT, count_KT):  # pragma: no cover - compiled
+    key_S, head_S, next_V, found_V, before_V1, taken_L = _scratch(low_U, high_U, longest_list)
     for user in range(len(first_U1) - 1):
-        low, high = _bounds_of_user(low_TK, high_TK, at_T, begin_G1[first_U1[user]], begin_G1[first_U1[user + 1]])
+        low, high = low_U[user], high_U[user]
         if high <= low:
             continue
         mask = _look_up_table(row_V, low, high, key_S, head_S, next_V)
         for group in range(first_U1[user], first_U1[user + 1]):
-            found = 0
-            for place in range(offset_N1[row_G[group]], offset_N1[row_G[group] + 1]):
-                slot = _slot(key_S, mask, neighbor_L[place])
+            begin, found = offset_N1[row_G[group]], 0
+            for k in range(_taken_slots(key_S, mask, neighbor_L, begin, offset_N1[row_G[group] + 1], taken_L)):
+                slot = _slot(key_S, mask, neighbor_L[begin + taken_L[k]])
                 if key_S[slot] == 0:
                     continue
                 view = head_S[slot]
@@ -361,50 +473,51 @@ def _sum_ranges(row_V, watch_ms_V, low_TK, high_TK, at_T, begin_G1, row_G, first
                     view = next_V[view]
             if found == 0:
                 continue
-            found_V[:found].sort()
+            _sort(found_V, found)
             for k in range(found):
                 before_V1[k + 1] = before_V1[k] + watch_ms_V[low + found_V[k]]
             for place in range(begin_G1[group], begin_G1[group + 1]):
                 t = at_T[place]
-                for k in range(low_TK.shape[1]):
-                    if high_TK[t, k] > low_TK[t, k]:
-                        first = np.searchsorted(found_V[:found], low_TK[t, k] - low)
-                        last = np.searchsorted(found_V[:found], high_TK[t, k] - low)
+                r = request_T[t]
+                for k in range(low_RK.shape[1]):
+                    if high_RK[r, k] > low_RK[r, k]:
+                        first = _first_from(found_V, found, low_RK[r, k] - low)
+                        last = _first_from(found_V, found, high_RK[r, k] - low)
                         sum_KT[k, t] = before_V1[last] - before_V1[first]
                         count_KT[k, t] = last - first
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_hits(row_V, low_T, high_T, shift_T, at_T, begin_G1, row_G, first_U1, offset_N1, neighbor_L, longest, begin_T,
-               view_H, rank_H):  # pragma: no cover - compiled
-    key_S, head_S, next_V, found_V, _ = _scratch(longest)
-    low_TK, high_TK = low_T.reshape(-1, 1), high_T.reshape(-1, 1)
+def _fill_hits(row_V, low_R, high_R, low_U, high_U, request_T, at_T, begin_G1, row_G, first_U1, offset_N1, neighbor_L,
+               longest_list, begin_T, shift_R, view_H, rank_H):  # pragma: no cover - compiled
+    key_S, head_S, next_V, found_V, _, taken_L = _scratch(low_U, high_U, longest_list)
     for user in range(len(first_U1) - 1):
-        low, high = _bounds_of_user(low_TK, high_TK, at_T, begin_G1[first_U1[user]], begin_G1[first_U1[user + 1]])
+        low, high = low_U[user], high_U[user]
         if high <= low:
             continue
         mask = _look_up_table(row_V, low, high, key_S, head_S, next_V)
         for group in range(first_U1[user], first_U1[user + 1]):
             begin, end = offset_N1[row_G[group]], offset_N1[row_G[group] + 1]
             length, found = max(end - begin, 1), 0
-            for place in range(begin, end):
-                slot = _slot(key_S, mask, neighbor_L[place])
+            for k in range(_taken_slots(key_S, mask, neighbor_L, begin, end, taken_L)):
+                slot = _slot(key_S, mask, neighbor_L[begin + taken_L[k]])
                 if key_S[slot] == 0:
                     continue
                 view = head_S[slot]
                 while view >= 0:  # the view and its place in the list as one number that sorts by view
-                    found_V[found] = view * length + place - begin
+                    found_V[found] = view * length + taken_L[k]
                     found += 1
                     view = next_V[view]
             if found == 0:
                 continue
-            found_V[:found].sort()
+            _sort(found_V, found)
             for place in range(begin_G1[group], begin_G1[group + 1]):
                 t = at_T[place]
+                r = request_T[t]
                 to = begin_T[t]
                 for k in range(found):
                     view = low + found_V[k] // length
-                    if low_T[t] <= view < high_T[t]:
-                        view_H[to] = view + shift_T[t]
+                    if low_R[r] <= view < high_R[r]:
+                        view_H[to] = view + shift_R[r]
                         rank_H[to] = found_V[k] % length
                         to += 1

@@ -138,7 +138,7 @@ def liked_columns(shard: SequenceShard, requests: TriggerRequests, snapshots: Ch
     names = ["liked", *(f"liked_of_{latest}" for latest in LATEST_VIEWS)]
     low_RK = np.stack([low_R, *(np.maximum(low_R, high_R - latest) for latest in LATEST_VIEWS)], axis=1)
     high_RK = np.repeat(high_R[:, None], len(names), axis=1)
-    _, count_KTC = replay(views, requests, low_RK[requests.request_T], high_RK[requests.request_T], snapshots)
+    _, count_KTC = replay(views, requests, low_RK, high_RK, snapshots)
     return dict(zip(names, np.log1p(count_KTC).astype(np.float32), strict=True))
 
 

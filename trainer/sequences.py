@@ -31,6 +31,7 @@ from datetime import UTC, date, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numba
 import numpy as np
 import pyarrow as pa
 
@@ -54,6 +55,8 @@ from trainer.vocabulary import Vocabulary
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 SHARD_SEED = 0x5EED0F5A4D  # not a seed that split.test_users would take: shards and held-out users are independent
 MOST_SHARDS = 1_000_000
+MOST_ROWS_A_VIEW = 4  # of a vocabulary whose rows are looked up in an array; those of a larger one are sorted
+MOST_BINS = 1 << 20  # of a count by value; more are sorted
 WATCH_BINS = 4096  # of the statistics' histogram over log1p(seconds): 0.3% of a watch time wide
 _sound: set[tuple[str, str, int]] = set()  # shards whose numbers this process has checked: their checksums
 
@@ -124,7 +127,9 @@ def write_shard(folder: Path, shard: int, rows: pa.Table, *, pieces: list[Piece]
     """
     columns = {name: rows[name].to_numpy() for name in rows.column_names if name != "shard"}
     columns, duplicates = sort_events(columns)
-    user_id_U, offset_U, length_U = np.unique(columns.pop("user_id"), return_index=True, return_counts=True)
+    user = columns.pop("user_id")
+    offset_U = np.flatnonzero(np.concatenate([np.ones(min(len(user), 1), bool), np.diff(user) != 0]))
+    user_id_U, length_U = user[offset_U], np.diff(np.append(offset_U, len(user)))
     columns.pop("order")
     whole_file(folder / f"shard-{shard:05d}.events.arrow", lambda path: write_batch(path, columns))
     whole_file(folder / f"shard-{shard:05d}.users.arrow", lambda path: write_batch(path, {
@@ -143,9 +148,14 @@ def sort_events(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray
         The sorted events and the duplicates, both as columns.
     """
     user, time, item = columns["user_id"], columns["timestamp_ms"], columns["item_row"]
-    at = np.lexsort((item, time, user))
+    at = np.argsort(user)
+    user_at = user[at]
+    same_user = np.diff(user_at) == 0
+    bounds_U1 = np.concatenate([[0], np.flatnonzero(~same_user) + 1, [len(at)]])
+    time_at, item_at = time[at], item[at]
+    _sort_within(at, time_at, item_at, bounds_U1, columns["order"])
     same = np.zeros(len(at), bool)
-    same[1:] = (np.diff(user[at]) == 0) & (np.diff(time[at]) == 0) & (np.diff(item[at]) == 0)
+    same[1:] = same_user & (np.diff(time_at) == 0) & (np.diff(item_at) == 0)
     tied = same.copy()
     tied[:-1] |= same[1:]
     duplicate = np.zeros(len(at), bool)
@@ -160,9 +170,60 @@ def sort_events(columns: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray
         for values in rest:
             equal &= np.diff(values[by]) == 0
         duplicate[place[1:]] = equal
-    kept, dropped = at[~duplicate], at[duplicate]
+    kept, dropped = (at[~duplicate], at[duplicate]) if duplicate.any() else (at, at[:0])
     return ({name: values[kept] for name, values in columns.items()},
             {name: values[dropped] for name, values in columns.items()})
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort_within(at, time_at, item_at, bounds_U1, order):  # pragma: no cover - compiled
+    """Sort each user's part of three arrays by time, item and order, in place. A user's rows come as they lay in the
+    logs, or nearly, and logs are mostly written in the order of time: so runs are found and merged."""
+    longest = 0
+    for user in range(len(bounds_U1) - 1):
+        longest = max(longest, bounds_U1[user + 1] - bounds_U1[user])
+    spare_at, spare_time, spare_item = at[:longest].copy(), time_at[:longest].copy(), item_at[:longest].copy()
+    for user in range(len(bounds_U1) - 1):
+        begin, end = bounds_U1[user], bounds_U1[user + 1]
+        width = 8
+        for first in range(begin, end, width):
+            for k in range(first + 1, min(first + width, end)):
+                one, when, what = at[k], time_at[k], item_at[k]
+                place = k
+                while place > first and _comes_after(time_at[place - 1], item_at[place - 1], order[at[place - 1]], when,
+                                                     what, order[one]):
+                    at[place], time_at[place], item_at[place] = at[place - 1], time_at[place - 1], item_at[place - 1]
+                    place -= 1
+                at[place], time_at[place], item_at[place] = one, when, what
+        while width < end - begin:
+            for first in range(begin, end, 2 * width):
+                middle, last = min(first + width, end), min(first + 2 * width, end)
+                if middle == last or not _comes_after(time_at[middle - 1], item_at[middle - 1], order[at[middle - 1]],
+                                                      time_at[middle], item_at[middle], order[at[middle]]):
+                    continue
+                left = middle - first
+                spare_at[:left], spare_time[:left] = at[first:middle], time_at[first:middle]
+                spare_item[:left] = item_at[first:middle]
+                a, b, place = 0, middle, first
+                while a < left:
+                    if b < last and _comes_after(spare_time[a], spare_item[a], order[spare_at[a]], time_at[b],
+                                                 item_at[b], order[at[b]]):
+                        at[place], time_at[place], item_at[place] = at[b], time_at[b], item_at[b]
+                        b += 1
+                    else:
+                        at[place], time_at[place], item_at[place] = spare_at[a], spare_time[a], spare_item[a]
+                        a += 1
+                    place += 1
+            width *= 2
+
+
+@numba.njit(inline="always")
+def _comes_after(time, item, order, other_time, other_item, other_order):  # pragma: no cover - compiled
+    if time != other_time:
+        return time > other_time
+    if item != other_item:
+        return item > other_item
+    return order > other_order
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -185,14 +246,33 @@ def _as_quarantine(duplicates: dict[str, np.ndarray], pieces: list[Piece], vocab
 
 
 def _items_seen(columns: Mapping[str, np.ndarray]) -> pa.Table:
-    at = np.argsort(columns["item_row"], kind="stable")
-    item = columns["item_row"][at]
+    item, time, duration = columns["item_row"], columns["timestamp_ms"], columns["duration_s"]
+    rows = int(item.max(initial=-1)) + 1
+    if rows <= MOST_ROWS_A_VIEW * len(item):
+        seen_N, first_N, longest_N = np.zeros(rows, np.bool_), np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+        _first_and_longest(item, time, duration, seen_N, first_N, longest_N)
+        row_I = np.flatnonzero(seen_N).astype(np.int32)
+        return pa.table({"item_row": row_I, "first_seen_ms": first_N[row_I], "longest_duration_s": longest_N[row_I]})
+    at = np.argsort(item)
+    item = item[at]
     start = np.flatnonzero(np.diff(item, prepend=-1))
     if not len(at):
         return pa.table({"item_row": item, "first_seen_ms": np.zeros(0, np.int64),
                          "longest_duration_s": np.zeros(0, np.float32)})
-    return pa.table({"item_row": item[start], "first_seen_ms": np.minimum.reduceat(columns["timestamp_ms"][at], start),
-                     "longest_duration_s": np.fmax.reduceat(columns["duration_s"][at], start)})
+    return pa.table({"item_row": item[start], "first_seen_ms": np.minimum.reduceat(time[at], start),
+                     "longest_duration_s": np.fmax.reduceat(duration[at], start)})
+
+
+@numba.njit(cache=True, nogil=True)
+def _first_and_longest(item_E, time_E, duration_E, seen_N, first_N, longest_N):  # pragma: no cover - compiled
+    for e in range(len(item_E)):
+        item = item_E[e]
+        if not seen_N[item]:
+            seen_N[item], first_N[item], longest_N[item] = True, time_E[e], duration_E[e]
+            continue
+        first_N[item] = min(first_N[item], time_E[e])
+        if duration_E[e] > longest_N[item] or np.isnan(longest_N[item]):
+            longest_N[item] = duration_E[e]
 
 
 def summarize(shard: int, columns: Mapping[str, np.ndarray], length_U: np.ndarray, utc_offset_h: float,
@@ -217,6 +297,12 @@ def summarize(shard: int, columns: Mapping[str, np.ndarray], length_U: np.ndarra
 
 
 def _counts(values: np.ndarray) -> dict[int, int]:
+    """How often each value is there."""
+    low = int(values.min()) if len(values) else 0
+    if len(values) and int(values.max()) - low < MOST_BINS:
+        counts = np.bincount(values - low)
+        found = np.flatnonzero(counts)
+        return dict(zip((found + low).tolist(), counts[found].tolist(), strict=True))
     found, counts = np.unique(values, return_counts=True)
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 

@@ -101,7 +101,8 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
     unique_TC, length_TC = unique_counts(requests, snapshots)
     popularity_T = np.zeros(triggers, np.float32)
     of_lists = {name: np.zeros((triggers, channels), np.float32) for name in LIST_MEANS}
-    for at_T, state_C, _ in states_of(requests, snapshots):
+    for state_C, groups in states_of(requests, snapshots):
+        at_T = np.sort(groups.at_T)
         known = statistics.of_state(snapshots, state_C)
         row_X, place_T = np.unique(requests.trigger_row_T[at_T], return_inverse=True)
         lists = [snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C)]
@@ -126,8 +127,8 @@ def trigger_table(shard: SequenceShard, requests: TriggerRequests, rule: Request
 def _in_past(views, shard: SequenceShard, requests: TriggerRequests, snapshots: ChannelSnapshots
              ) -> tuple[np.ndarray, np.ndarray]:
     """Watch time int64 (T, C), ms, and number int32 (T, C) of the user's views before the request in each list."""
-    low_T1, high_T1 = (side_R[requests.request_T][:, None] for side_R in past_range(views, shard, requests))
-    sum_KTC, count_KTC = replay(views, requests, low_T1, high_T1, snapshots)
+    low_R, high_R = past_range(views, shard, requests)
+    sum_KTC, count_KTC = replay(views, requests, low_R[:, None], high_R[:, None], snapshots)
     return sum_KTC[0], count_KTC[0]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +31,7 @@ class Vocabulary:
         """
         self.id_V = np.unique(np.asarray(id_V, np.int64))
         self._row_of: np.ndarray | None = None
+        self._first_of: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.id_V)
@@ -48,13 +50,19 @@ class Vocabulary:
         low, high = int(self.id_V[0]), int(self.id_V[-1])
         if high - low < DENSE_SPREAD * size:
             return self._dense_rows(id_B, low, high)
-        at = np.minimum(np.searchsorted(self.id_V, id_B), size - 1)
-        return np.where(self.id_V[at] == id_B, at + 1, 0).astype(np.int32)
+        if self._first_of is None:
+            # As many buckets of the range as ids, so that an id's is searched in a step or two where ids are even.
+            self._shift = max(0, (high - low).bit_length() - size.bit_length())
+            bucket_V = (self.id_V.view(np.uint64) - np.uint64(low % 2**64)) >> np.uint64(self._shift)
+            self._first_of = np.searchsorted(bucket_V, np.arange(int(bucket_V[-1]) + 2, dtype=np.uint64)).astype(
+                np.int32)
+        return _bucket_rows(id_B, self.id_V, self._first_of, self._shift)
 
     def _dense_rows(self, id_B: np.ndarray, low: int, high: int) -> np.ndarray:
         if self._row_of is None:
-            self._row_of = np.zeros(high - low + 1, np.int32)
-            self._row_of[self.id_V - low] = np.arange(1, len(self.id_V) + 1, dtype=np.int32)
+            row_of = np.zeros(high - low + 1, np.int32)
+            row_of[self.id_V - low] = np.arange(1, len(self.id_V) + 1, dtype=np.int32)
+            self._row_of = row_of  # whole before another thread can see it
         inside = (id_B >= low) & (id_B <= high)
         return np.where(inside, self._row_of[np.where(inside, id_B, low) - low], 0).astype(np.int32)
 
@@ -90,6 +98,28 @@ class Vocabulary:
         if (np.diff(ids) <= 0).any():
             raise InputError(f"{path}: its ids do not rise. Remove the sequences folder and run ingest again.")
         return cls(ids)
+
+
+@numba.njit(cache=True, nogil=True)
+def _bucket_rows(id_B, id_V, first_of, shift):  # pragma: no cover - compiled
+    """int32 rows of ids in a sorted vocabulary whose ids are counted by their high bits; 0 where there is none."""
+    row_B = np.zeros(len(id_B), np.int32)
+    lowest, highest = id_V[0], id_V[-1]
+    for b in range(len(id_B)):
+        wanted = id_B[b]
+        if wanted < lowest or wanted > highest:
+            continue
+        bucket = (np.uint64(wanted) - np.uint64(lowest)) >> np.uint64(shift)
+        low, high = first_of[bucket], first_of[bucket + np.uint64(1)]
+        while low < high:
+            middle = (low + high) // 2
+            if id_V[middle] < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(id_V) and id_V[low] == wanted:
+            row_B[b] = low + 1
+    return row_B
 
 
 def rows_of_values(values: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:

@@ -17,7 +17,7 @@ from configs.schema import Config
 from embeddings.snapshots import verify
 from launch.ingest import SerialExecutor
 from launch.replay import make_labels
-from trainer.labels import LabelCounts, Labels, label_windows, median_uniqueness, scales_of
+from trainer.labels import LabelCounts, Labels, Replayed, _save, label_windows, median_uniqueness, scales_of
 from trainer.neighbors import ChannelSnapshots
 from trainer.replay import rewards_ms, unique_counts, unique_share
 from trainer.sequences import SequenceStore
@@ -129,7 +129,10 @@ def test_quantiles_are_exact(tmp_path_factory, values, share):
     reward_WTC = np.array(values, np.int64).reshape(1, -1, 1)
     total = LabelCounts.none(1, 1)
     for number, part in enumerate(np.array_split(reward_WTC, 3, axis=1)):
-        np.savez(folder / f"replay-{number:05d}.npz", reward_ms=part)
+        none = np.zeros(0, np.int64)
+        with open(folder / f"replay-{number:05d}.npy", "wb") as file:
+            for some in np.array_split(part, 2, axis=1):
+                _save(file, Replayed(none, none, none, none, none, none, some, none, none))
         total.add(LabelCounts.from_json(json.loads(json.dumps(counts_of(part).as_json()))))
     replay = Config.model_validate({"replay": {"tau_s": None, "tau_quantile": share}}).replay
     scales = scales_of(total, replay, folder, 3)[0]

@@ -6,10 +6,11 @@
 I_u are u's distinct effective items in the window before the watermark; the intersection counts i and j. The weights
 w_u are those of the published implementation (they damp busy users); the paper's formula alone is w_u = 1.
 
-Per item i: for each of its users u, longest I_u first, mark I_u; run through I_v of every later user v of i, which
-gives |I_u and I_v| and the items in it at once; add the pair's weight to them. A pair costs the shorter of the two
-sets, and users who hold i alone are left out, as they add nothing. The other way (count the users that share items with
-u, then spread the pair weights) touches every pair once, but needs all s(i, j) at once: memory N x N, or passes.
+Per item i, everything happens among its own users: their items are turned round once, into the users of i who hold j,
+for every j. The users of i, longest I_u first, then take turns: the later users v in the lists of u's items are
+counted, which gives |I_u and I_v|, and the same lists walked again add the pair's weight to s(i, j). So a pair costs
+the items that its users share, not those that they hold; a pair that shares i alone is never touched, and users who
+hold i alone are left out, as they add nothing. Memory is that of the items of i's users.
 
 Two caps bound the cost, both counted in the manifest. A user with more than `max_items_per_user` items keeps the
 latest viewed ones, which are then I_u. For the list of an item with more than `max_users_per_item` users (of two items
@@ -116,40 +117,71 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
     room = (end - begin) * min(top, rows)
     out_item_P, out_neighbor_P = np.zeros(room, np.int32), np.zeros(room, np.int32)
     out_score_P = np.zeros(room, np.float64)
-    sum_N, is_touched_N, row_T = np.zeros(rows), np.zeros(rows, np.bool_), np.zeros(rows, np.int32)
-    marked_by_N = np.full(rows, -1, np.int64)
-    common = np.zeros(rows, np.int32)
-    used, mark = 0, 0
+    most_users, most_held = 0, 0
+    for item in range(max(begin, 1), end):
+        held = 0
+        for u in user_P[user_offset_N1[item]:user_offset_N1[item + 1]]:
+            held += kept_U[u]
+        most_users = max(most_users, user_offset_N1[item + 1] - user_offset_N1[item])
+        most_held = max(most_held, held)
+    sum_N, seen_N = np.zeros(rows), np.zeros(rows, np.int32)
+    # The other items that two of the item's users hold or more, counted 1, 2, ..: item o has the users
+    # user_S[first_O[o]:last_O[o]], places in `users`, rising. User a holds other_S[begin_A1[a]:begin_A1[a + 1]].
+    row_T = np.zeros(min(rows, most_held) + 1, np.int32)
+    first_O, last_O = np.zeros(len(row_T), np.int32), np.zeros(len(row_T), np.int32)
+    user_S, other_S = np.zeros(most_held, np.int32), np.zeros(most_held + 1, np.int32)
+    begin_A1, shares_A = np.zeros(most_users + 1, np.int32), np.zeros(most_users + 1, np.int32)
+    common_A, weight_A = np.zeros(most_users, np.int32), np.zeros(most_users)
+    used = 0
     for item in range(max(begin, 1), end):
         users = user_P[user_offset_N1[item]:user_offset_N1[item + 1]]
-        count = 0
-        for a in range(len(users) - 1):
-            u = users[a]
-            mark += 1
+        touched = 0
+        for u in users:
             for p in range(pair_offset_U1[u], pair_offset_U1[u] + kept_U[u]):
-                marked_by_N[item_P[p]] = mark
-            for b in range(a + 1, len(users)):
-                v = users[b]
-                found = 0
-                for p in range(pair_offset_U1[v], pair_offset_U1[v] + kept_U[v]):
-                    common[found] = item_P[p]
-                    found += marked_by_N[item_P[p]] == mark
-                if found < 2:
-                    continue
-                weight = weight_U[u] * weight_U[v] / (alpha + found)
-                for k in range(found):
-                    other = common[k]
-                    if not is_touched_N[other]:
-                        is_touched_N[other] = True
-                        row_T[count] = other
-                        count += 1
-                    sum_N[other] += weight
-        others = 0
-        for t in range(count):
-            is_touched_N[row_T[t]] = False
-            if row_T[t] != item:
-                row_T[others] = row_T[t]
-                others += 1
-        sum_N[item] = 0.0
+                row_T[touched] = item_P[p]
+                touched += seen_N[item_P[p]] == 0
+                seen_N[item_P[p]] += 1
+        seen_N[item] = 1
+        others, places = 0, 0
+        for t in range(touched):
+            row = row_T[t]
+            if seen_N[row] == 1:
+                seen_N[row] = 0
+                continue
+            first_O[others + 1] = last_O[others + 1] = places
+            places += seen_N[row]
+            row_T[others] = row
+            others += 1
+            seen_N[row] = others
+        held = 0
+        for a in range(len(users)):
+            begin_A1[a] = held
+            for p in range(pair_offset_U1[users[a]], pair_offset_U1[users[a]] + kept_U[users[a]]):
+                other_S[held] = seen_N[item_P[p]]
+                held += seen_N[item_P[p]] > 0
+            for s in range(begin_A1[a], held):
+                user_S[last_O[other_S[s]]] = a
+                last_O[other_S[s]] += 1
+        begin_A1[len(users)] = held
+        for t in range(others):
+            seen_N[row_T[t]] = 0
+        for a in range(len(users) - 1):
+            found = 0
+            for s in range(begin_A1[a], begin_A1[a + 1]):
+                first_O[other_S[s]] += 1  # past this user
+                for k in range(first_O[other_S[s]], last_O[other_S[s]]):
+                    b = user_S[k]
+                    shares_A[found] = b
+                    found += common_A[b] == 0
+                    common_A[b] += 1
+            for k in range(found):
+                b = shares_A[k]
+                weight_A[b] = weight_U[users[a]] * weight_U[users[b]] / (alpha + (common_A[b] + 1))
+                common_A[b] = 0
+            for s in range(begin_A1[a], begin_A1[a + 1]):
+                total = sum_N[row_T[other_S[s] - 1]]
+                for k in range(first_O[other_S[s]], last_O[other_S[s]]):
+                    total += weight_A[user_S[k]]
+                sum_N[row_T[other_S[s] - 1]] = total
         used = append_best(item, row_T, others, sum_N, top, out_item_P, out_neighbor_P, out_score_P, used)
     return out_item_P[:used], out_neighbor_P[:used], out_score_P[:used]
