@@ -9,7 +9,7 @@ from nothing in every round, in turns, on the same log with the same width, laye
 length of the history and epochs.
 
 A sequence is a history of up to `history` views and the view that follows it; each side trains on every sequence of the
-log once an epoch (but for what is held out: a view a user in RecBole's split, the last hours in ours). RecBole makes
+log once an epoch (but for what is held out: two views a user in RecBole's split, the last hours in ours). RecBole makes
 a padded row of each. A row of ours is a window, and its positions are several sequences that share their views:
 that is most of the difference. RecBole's batch has as many sequences as ours on average.
 
