@@ -1,6 +1,6 @@
 """How the cost of each stage grows with the logs: time and memory at 1x, 4x and 16x, and the exponent fitted to them.
 
-    python benchmarks/growth.py [--rows 300000] [--times 1 4 16] [--stages NAME ..] [--folder runs/growth] [--json PATH]
+    python benchmarks/growth.py [--rows 200000] [--times 1 4 16] [--stages NAME ..] [--folder runs/growth] [--json PATH]
     python benchmarks/growth.py --write [--folder runs/growth]
 
 A synthetic log of `rows` views (users of 50 views, an item for every 45 views, as in CAPTS's industrial log) is written
@@ -307,7 +307,7 @@ def tables(figures: Figures) -> Iterator[str]:
 
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rows", type=int, default=300_000, help="views of the smallest log")
+    made.add_argument("--rows", type=int, default=200_000, help="views of the smallest log")
     made.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     made.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     made.add_argument("--folder", type=Path, default=ROOT / "runs" / "growth", help="what is kept between runs")
