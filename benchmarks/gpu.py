@@ -103,7 +103,8 @@ def tower_and_batch(sizes: argparse.Namespace, device: torch.device, dtype: torc
         sizes.width, 4 * sizes.width, sizes.width, sizes.layers, sizes.heads, sizes.length, [0], conditioned=False,
         context=False, dropout=dropout, past_path=False).to(device, dtype).train()
     places = torch.arange(sizes.windows * sizes.length, device=device)
-    batch = SimpleNamespace(place_V=places, item_V=places, read_R=places, windows=sizes.windows, positions=sizes.length)
+    batch = SimpleNamespace(place_V=places, item_V=places, read_R=places, windows=sizes.windows, positions=sizes.length,
+                            key_V=places, row_B=torch.arange(sizes.windows, device=device))
     tokens = torch.randn(len(places), sizes.width, device=device, dtype=dtype, requires_grad=True)
     return tower, batch, tokens
 
