@@ -38,7 +38,7 @@ from rows import ROOT, PeakMemory, cores
 
 PAGE = ROOT / "docs" / "scale.md"
 VIEWS_PER_USER, ROWS_PER_ITEM, DAYS = 50, 45, 14
-TINY_ROWS = 10_000
+TINY_ROWS, ROWS_PER_SHARD, SIZE = 10_000, 50_000, "size.json"
 # What a size has to become: (name, views). CAPTS, section 4.1.1; CRM, section 4.
 PAPERS = (("CAPTS, 1.23 billion views", 1.23e9), ("CRM, 50 billion logs a day", 50e9))
 HOLDS_MIB = 1.0  # memory below this is noise, of which no exponent is fitted
@@ -75,11 +75,17 @@ def carried(sizes: Sequence[float], costs: Sequence[float], to: float) -> float:
 
 # ----------------------------------------------------------------------------------------------------------- the stages
 
+def size_of(folder: Path) -> int:
+    """Views that its log is to have."""
+    return json.loads((folder / SIZE).read_text(encoding="utf-8"))["rows"]
+
+
 def config_of(folder: Path):
+    """Shards as large in every size, as a log that grows would have them."""
     from worlds import world_config
 
     return world_config(
-        folder, seeds=[0], split={"validation_days": 1, "test_days": 1},
+        folder, data={"shards": max(1, size_of(folder) // ROWS_PER_SHARD)}, seeds=[0], split={"validation_days": 1, "test_days": 1},
         crm={"models": [{"name": "transformer", "tower": "decision_transformer"}]},
         train={"workers": 1, "threads_per_worker": len(cores()), "device": "cpu", "epochs": 1, "batch_rows": 128,
                "checkpoint_every_steps": None, "log_every_steps": 50},
@@ -92,7 +98,7 @@ def config_of(folder: Path):
 def synth(folder: Path) -> None:
     from worlds import make_world
 
-    rows = json.loads((folder / "size.json").read_text(encoding="utf-8"))["rows"]
+    rows = size_of(folder)
     make_world(folder, users=rows // VIEWS_PER_USER, items=rows // ROWS_PER_ITEM, views_per_user=VIEWS_PER_USER,
                days=DAYS, seed=0)
 
@@ -235,7 +241,7 @@ def run(arguments: argparse.Namespace, figures: Figures) -> None:
     sizes = [TINY_ROWS, *(arguments.rows * times for times in arguments.times)]
     for rows, folder in zip(sizes, [tiny, *(arguments.folder / str(rows) for rows in sizes[1:])], strict=True):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "size.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+        (folder / SIZE).write_text(json.dumps({"rows": rows}), encoding="utf-8")
         for name in arguments.stages:
             done = figures.stages.get(name, {}) if folder != tiny else _marks(tiny)
             if (str(rows) if folder != tiny else name) in done:
