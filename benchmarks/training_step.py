@@ -1,12 +1,14 @@
-"""How fast a training step is: the real parts against plain PyTorch, and two workers against one.
+"""How fast a training step is: the real parts against plain PyTorch, and several workers against one.
 
-    python benchmarks/training_step.py [--towers dnn decision_transformer] [--rounds 7] [--json PATH]
+    python benchmarks/training_step.py [--towers dnn decision_transformer] [--windows 64] [--rounds 7] [--json PATH]
 
 (a) One worker (TorchRec, DeepSpeed, a gloo group of one) against `tests/two_process/plain_reference.py`, on the same
-core with the same batches, towers and optimizers. (b) Two workers, one thread on a core each, against one worker on one
-of these cores: `weak` with as many windows a worker (and so twice the negatives a row), `same batch` with one global
-batch for both, which is what changing train.workers does. Each as `step` (the batch is there) and as `loop` (batches
-made on the prefetch thread of the same core).
+core with the same batches, towers and optimizers: with dense gradients of the tables, as nn.Embedding has them, and
+with sparse ones and an optimizer of its own for them, which is as fast as plain PyTorch gets. (b) Two workers, and four
+where there are as many cores, one thread on a core each, against one worker on one of these cores: weak scaling,
+as many windows a worker (and so twice or four times the negatives a row), as the efficiency: the speed over that
+of one worker times the workers. `same batch` has one global batch for both, which is what changing train.workers
+does. Each as `step` (the batch is there) and as `loop` (batches made on the prefetch thread of the same core).
 
 All processes live side by side and take turns, so that a busy machine disturbs them alike; a row is the median over
 rounds of the ratio of targets a second. `cpu` is the same ratio by CPU seconds of the busiest process: what is left
@@ -16,10 +18,8 @@ synthetic world made on the fly. Exit code 1 where a ratio falls short.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -29,17 +29,22 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from rows import ROOT, cores, parser, report, row
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "two_process")]
 
 # Windows a worker. From the environment, because every spawned process reads this file anew (--windows sets it).
 WINDOWS = int(os.environ.get("WATCHTOWER_BENCH_WINDOWS", "64"))
 # What runs: windows of a global batch and workers.
-RUNNERS = {"plain": (WINDOWS, 1), "one": (WINDOWS, 1), "one_large": (2 * WINDOWS, 1), "two": (2 * WINDOWS, 2)}
-# name of the ratio: who, against whom, what to reach.
-RATIOS = {"one worker / plain PyTorch": ("one", "plain", 0.9),
-          "two workers / one worker, weak": ("two", "one", 1.7),
-          "two workers / one worker, same batch": ("two", "one_large", 1.7)}
+RUNNERS = {"dense": (WINDOWS, 1), "sparse": (WINDOWS, 1), "one": (WINDOWS, 1), "one_large": (2 * WINDOWS, 1),
+           "two": (2 * WINDOWS, 2), "four": (4 * WINDOWS, 4)}
+PLAIN = ("dense", "sparse")
+# name of the ratio: who, against whom, over how many times its speed, what to reach.
+RATIOS = {"one worker / plain PyTorch, dense embeddings": ("one", "dense", 1, 1.0),
+          "one worker / plain PyTorch, sparse gradients": ("one", "sparse", 1, 0.9),
+          "two workers, weak scaling efficiency": ("two", "one", 2, 0.9),
+          "four workers, weak scaling efficiency": ("four", "one", 4, 0.8),
+          "two workers / one worker, same batch": ("two", "one_large", 1, None)}
 
 
 def run_config(folder: Path, tower: str, batch_rows: int, workers: int):
@@ -97,7 +102,10 @@ def _runner(kind, tower, rank, store, folder, steps):
             for number, rows in enumerate(plan.batches(rank, workers)):
                 yield collation.window_batch(data.features, rows, np.random.default_rng([epoch, number]))
 
-    run = (_plain_run if kind == "plain" else _worker_run)(data, model, rank, workers, store, folder)
+    if kind in PLAIN:
+        run = _plain_run(data, model, sparse=kind == "sparse")
+    else:
+        run = _worker_run(data, model, rank, workers, store, folder)
     ready = list(itertools.islice(made(), steps))
     stream = iter(Prefetched(made, config.train.prefetch, time.perf_counter))
 
@@ -113,7 +121,7 @@ def _runner(kind, tower, rank, store, folder, steps):
     return measure
 
 
-def _plain_run(data, model, rank, workers, store, folder):
+def _plain_run(data, model, sparse):
     import torch
     from plain_reference import PlainCrm
 
@@ -125,7 +133,8 @@ def _plain_run(data, model, rank, workers, store, folder):
                for spec in table_specs(sizes, crm)}
     plain = PlainCrm(CrmModel(crm, model, sizes), weights, optimizer=train.optimizer, learning_rate=train.learning_rate,
                     weight_decay=train.weight_decay, gradient_clip_norm=train.gradient_clip_norm,
-                    table_optimizer=crm.tables.optimizer, table_learning_rate=crm.tables.learning_rate)
+                    table_optimizer=crm.tables.optimizer, table_learning_rate=crm.tables.learning_rate,
+                    sparse=sparse)
 
     def run(batches):
         for number, batch in enumerate(batches):
@@ -203,16 +212,17 @@ class Side:
                 process.terminate()
 
 
-def measure_tower(tower: str, folder: Path, cores: list[int | None], rounds: int, steps: int, modes: list[str]) -> dict:
+def measure_tower(tower: str, folder: Path, used: list[int | None], rounds: int, steps: int, modes: list[str]) -> dict:
     """{(mode, runner): [(targets/s, targets/CPU s) a round]}"""
-    sides = {kind: Side(kind, tower, folder, cores, steps) for kind in RUNNERS}
-    found = {(mode, kind): [] for mode in modes for kind in RUNNERS}
+    runners = [kind for kind, (_, workers) in RUNNERS.items() if workers <= len(used)]
+    sides = {kind: Side(kind, tower, folder, used, steps) for kind in runners}
+    found = {(mode, kind): [] for mode in modes for kind in runners}
     try:
         for side in sides.values():
             side.wait()
         for number in range(rounds):
             for mode in modes:
-                for kind in (list(RUNNERS) if number % 2 == 0 else reversed(RUNNERS)):
+                for kind in (runners if number % 2 == 0 else reversed(runners)):
                     found[mode, kind].append(sides[kind].measure(mode))
     finally:
         for side in sides.values():
@@ -222,49 +232,47 @@ def measure_tower(tower: str, folder: Path, cores: list[int | None], rounds: int
 
 def rows_of(tower: str, found: dict, modes: list[str]) -> list[dict]:
     rows = []
-    for name, (kind, against, reach) in RATIOS.items():
+    for name, (kind, against, times, reach) in RATIOS.items():
         for mode in modes:
+            if (mode, kind) not in found:
+                continue
             pairs = list(zip(found[mode, kind], found[mode, against], strict=True))
-            by_wall, by_cpu = ([a[i] / b[i] for a, b in pairs] for i in (0, 1))
-            ratio = statistics.median(by_wall)
-            rows.append({"name": f"{tower}, {mode}: {name}", "ratio": ratio, "spread": [min(by_wall), max(by_wall)],
-                         "cpu": statistics.median(by_cpu), "reach": reach, "ok": ratio >= reach,
-                         "targets_per_s": statistics.median(a[0] for a, _ in pairs),
-                         "against_targets_per_s": statistics.median(b[0] for _, b in pairs)})
+            by_wall, by_cpu = ([a[i] / (times * b[i]) for a, b in pairs] for i in (0, 1))
+            speed, other = (statistics.median(side[0] for side in sides) for sides in zip(*pairs, strict=True))
+            rows.append(row(f"{tower}, {mode}: {name}", by_wall, reach, cpu=statistics.median(by_cpu),
+                            targets_per_s=speed, against_targets_per_s=other,
+                            sizes=f"{WINDOWS} windows a worker; {speed:,.0f} and {other:,.0f} targets/s"))
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--towers", nargs="+", default=["dnn", "decision_transformer"])
-    parser.add_argument("--modes", nargs="+", default=["step", "loop"], choices=["step", "loop"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20, help="steps a round")
-    parser.add_argument("--cores", type=int, nargs=2, help="two cores to pin to; default: the first two there are")
-    parser.add_argument("--no-pin", action="store_true", help="leave the placing to the system")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows a worker and step")
-    arguments = parser.parse_args()
-    os.environ["WATCHTOWER_BENCH_WINDOWS"] = str(arguments.windows)
-    cores = [None, None] if arguments.no_pin else arguments.cores or sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        parser.error("this needs two cores")
+    options = parser(__doc__, rounds=7)
+    options.add_argument("--towers", nargs="+", default=["dnn", "decision_transformer"])
+    options.add_argument("--modes", nargs="+", default=["step", "loop"], choices=["step", "loop"])
+    options.add_argument("--steps", type=int, default=20, help="steps a round")
+    options.add_argument("--cores", type=int, nargs="+", help="two or four to pin to; default: the first there are")
+    options.add_argument("--no-pin", action="store_true", help="leave the placing to the system")
+    options.add_argument("--windows", type=int, default=WINDOWS, help="windows a worker and step")
+    arguments = options.parse_args()
+    if arguments.windows != WINDOWS:  # sizes are read where this file is: here, and in every spawned process
+        os.execve(sys.executable, [sys.executable, *sys.argv],
+                  {**os.environ, "WATCHTOWER_BENCH_WINDOWS": str(arguments.windows)})
+    used: list[int | None] = list(arguments.cores or cores()[:4])
+    if len(used) < 2:
+        options.error("this needs two cores")
+    not_run = [] if len(used) >= 4 else [{"name": "training step: four workers, weak scaling efficiency",
+                                          "why": f"needs 4 cores, has {len(used)}"}]
+    if arguments.no_pin:
+        used = [None] * len(used)
     os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"})
     rows = []
     with tempfile.TemporaryDirectory(prefix="training-step-") as name:
         folder = Path(name)
         make_world(folder)
         for tower in arguments.towers:
-            found = measure_tower(tower, folder, cores, arguments.rounds, arguments.steps, arguments.modes)
-            for row in rows_of(tower, found, arguments.modes):
-                rows.append(row)
-                print(f"{row['name']:<68} {row['ratio']:5.2f}  [{row['spread'][0]:.2f}, {row['spread'][1]:.2f}]  "
-                      f"cpu {row['cpu']:.2f}  reach {row['reach']}  {'ok' if row['ok'] else 'SHORT'}  "
-                      f"({row['targets_per_s']:,.0f} / {row['against_targets_per_s']:,.0f} targets/s)", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"load": os.getloadavg(), "cores": cores, "rounds": arguments.rounds,
-                                              "steps": arguments.steps, "rows": rows}, indent=1) + "\n")
-    return 0 if all(row["ok"] for row in rows) else 1
+            found = measure_tower(tower, folder, used, arguments.rounds, arguments.steps, arguments.modes)
+            rows += rows_of(tower, found, arguments.modes)
+    return report(rows, arguments, not_run)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ _METADATA_KEY = b"watchtower.index"
 # Maps every kind of index into memory, not only inverted lists.
 _MMAP_FLAG = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
 _EXACT_BATCH = 64
+_RECODED_AT_ONCE = 1 << 18
 _MOST_WIDTH = 1 << 20
 _FAISS_LIMIT = faiss.get_deserialization_vector_byte_limit()
 _READING, _reading = threading.Lock(), []  # sizes of the index files that are being read
@@ -418,19 +419,43 @@ def _to_device(index: faiss.Index, spec: IndexSpec) -> faiss.Index:
         return index
     if not _has_gpu():
         raise InputError("index device cuda: this faiss has no GPU support or sees no GPU; use auto or cpu")
-    resources = faiss.StandardGpuResources()
+    resources, options, half = faiss.StandardGpuResources(), faiss.GpuClonerOptions(), _is_half(index)
+    options.useFloat16 = half
     try:
-        on_gpu = faiss.index_cpu_to_gpu(resources, 0, index)
+        on_gpu = faiss.index_cpu_to_gpu(resources, 0, _recoded(index, faiss.IndexFlatIP(index.d)) if half else index,
+                                        options)
     except RuntimeError as error:
         if spec.device == "auto":
             return index
         raise InputError(f"index factory {spec.factory!r} does not exist on the GPU ({_reason(error)})") from error
     on_gpu.resources_of_ours = resources  # the index must not outlive them
+    on_gpu.is_half_of_ours = half
     return on_gpu
 
 
 def _to_cpu(index: faiss.Index) -> faiss.Index:
-    return faiss.index_gpu_to_cpu(index) if _has_gpu() and "Gpu" in type(index).__name__ else index
+    if not (_has_gpu() and "Gpu" in type(index).__name__):
+        return index
+    on_cpu = faiss.index_gpu_to_cpu(index)
+    return _recoded(on_cpu, _empty_half(index.d)) if getattr(index, "is_half_of_ours", False) else on_cpu
+
+
+def _is_half(index: faiss.Index) -> bool:
+    """Whether it is `SQfp16`. What a GPU calls a flat index of half precision is a scalar quantizer on the CPU."""
+    return isinstance(index, faiss.IndexScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+
+
+def _empty_half(width: int) -> faiss.Index:
+    return faiss.index_factory(width, "SQfp16", faiss.METRIC_INNER_PRODUCT)
+
+
+def _recoded(index: faiss.Index, into: faiss.Index) -> faiss.Index:
+    """`into`, holding the vectors of the index; half precision to single and back changes none."""
+    if not into.is_trained:
+        into.train(np.zeros((1, into.d), np.float32))  # half precision has nothing to learn
+    for begin in range(0, index.ntotal, _RECODED_AT_ONCE):
+        into.add(index.reconstruct_n(begin, min(_RECODED_AT_ONCE, index.ntotal - begin)))
+    return into
 
 
 def _spare_training(index: faiss.Index) -> None:

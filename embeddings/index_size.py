@@ -56,9 +56,9 @@ def index_bytes(factory: str, items: int, width: int) -> int | None:
 
 
 def lives_on_gpu(factory: str) -> bool:
-    """Whether FAISS has the index on a GPU: flat ones, and inverted lists over flat, scalar or product codes."""
-    return re.fullmatch(r"(?:IVF\d+,)?(?:Flat|SQ\w+|PQ\d+(?:x8)?)", factory.replace(" ", "")) is not None and not (
-        factory.startswith(("SQ", "PQ")))
+    """Whether FAISS has the index on a GPU: flat ones, SQfp16 as one of half precision, and inverted lists over flat,
+    scalar or product codes."""
+    return re.fullmatch(r"Flat|SQfp16|IVF\d+,(?:Flat|SQ\w+|PQ\d+(?:x8)?)", factory.replace(" ", "")) is not None
 
 
 def _code_bytes(code: str, dim: int) -> float | None:

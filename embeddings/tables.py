@@ -141,6 +141,7 @@ class ShardedTables(nn.Module):
         self.device = device
         self.process_group = process_group if process_group is not None else dist.group.WORLD
         self._feature_order: list[str] | None = None
+        self._rows = {spec.name: spec.rows for spec in specs}
         self._learning_rate = learning_rate
         collection = unsharded(specs)
         sharder = table_sharder(optimizer, learning_rate)
@@ -183,6 +184,8 @@ class ShardedTables(nn.Module):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
+        if value == self._learning_rate:
+            return
         fused = self._collection.fused_optimizer
         for group in fused.param_groups:
             group["lr"] = value
@@ -268,12 +271,12 @@ class ShardedTables(nn.Module):
             raise ValueError(f"features {keys} came before in the order {self._feature_order}; keep one order")
         if self.device.type != "cpu":
             return  # looking at the ids would wait for the device at every step
-        for spec in self.specs:
-            ids = features[spec.name].values()
-            if ids.numel():
-                low, high = int(ids.min()), int(ids.max())
-                if low < 0 or high >= spec.rows:
-                    raise ValueError(f"table {spec.name}: ids span {low} to {high}, rows are 0 to {spec.rows - 1}")
+        ends, ids = features.offset_per_key(), features.values()
+        for name, begin, end in zip(keys, ends, ends[1:], strict=False):
+            if begin < end:
+                low, high = (int(limit) for limit in torch.aminmax(ids[begin:end]))
+                if low < 0 or high >= self._rows[name]:
+                    raise ValueError(f"table {name}: ids span {low} to {high}, rows are 0 to {self._rows[name] - 1}")
 
 
 class Lookup:

@@ -42,6 +42,7 @@ from embeddings.untrusted import read_json
 
 _FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_CLIP_EPS = 1e-6  # what torch adds to a norm before it clips to it
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class DenseEngine:
         self.spec = spec
         self.device = device
         self._module = module
+        self._parameters = list(module.parameters())  # walking through the modules at every step takes its time
         self._norm: Tensor | float | None = None
         groups = parameter_groups(module, spec.weight_decay)
         if spec.optimizer == "adamw":
@@ -189,13 +191,14 @@ class DenseEngine:
             self._engine.step()
             self._norm = self._engine.get_global_grad_norm()
             return self._engine.was_step_applied()
-        gradients = list(self._reduced_gradients())
+        gradients, most = list(self._reduced_gradients()), self.spec.gradient_clip_norm
         self._norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(self._norm.item()):
+        norm = self._norm.item()
+        if not math.isfinite(norm):
             self._engine.zero_grad()
             return False
-        if self.spec.gradient_clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._module.parameters(), self.spec.gradient_clip_norm, self._norm)
+        if most is not None and norm + _CLIP_EPS > most:  # below it torch would multiply by 1
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, most, self._norm)
         self._engine.step()
         return True
 
@@ -234,7 +237,7 @@ class DenseEngine:
         _forget_module(self._module)
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
-        self._module = None
+        self._module, self._parameters = None, []
         del engine
         # Engine, optimizer and parameters hold each other in cycles through bound methods.
         gc.collect()
@@ -248,7 +251,7 @@ class DenseEngine:
     def _reduced_gradients(self) -> Iterator[Tensor]:
         """What this rank holds of the averaged gradient after `backward`."""
         if self.spec.zero_stage == 0:
-            yield from (parameter.grad for parameter in self._module.parameters() if parameter.grad is not None)
+            yield from (parameter.grad for parameter in self._parameters if parameter.grad is not None)
             return
         for gradients in self._engine.optimizer.averaged_gradients.values():
             yield from (gradient for gradient in gradients or () if gradient is not None)

@@ -132,11 +132,14 @@ def in_batch_softmax(
         if given is not None and given.shape != wanted.shape:
             raise ValueError(f"{name} has the shape {tuple(given.shape)}, not {tuple(wanted.shape)}")
 
-    own_B1 = target_B[:, None]
-    no_negative_BG = item_row_G == item_row_G[own_B1]
-    if valid_G is not None:
-        no_negative_BG |= ~valid_G
-    no_negative_BG.scatter_(1, own_B1, False)
+    if logits_BG.device.type == "cpu" and valid_G is None:
+        masked = _accidental_hits(item_row_G, target_B)
+    else:  # how many there are would have to be waited for on a GPU
+        own_B1 = target_B[:, None]
+        masked = item_row_G == item_row_G[own_B1]
+        if valid_G is not None:
+            masked |= ~valid_G
+        masked.scatter_(1, own_B1, False)
     weight_B = logits_BG.new_ones(len(target_B), dtype=torch.float32) if weight_B is None else weight_B.float()
     if total_weight is None:
         total_weight = weight_B.sum()
@@ -145,23 +148,45 @@ def in_batch_softmax(
     total_weight = torch.as_tensor(total_weight, dtype=torch.float32, device=weight_B.device)
     # A batch of nothing but padding has loss 0, not 0/0.
     share_B = torch.where(total_weight > 0, weight_B * _world_size(group) / total_weight, torch.zeros_like(weight_B))
-    loss, hit_B = _WeightedSoftmax.apply(logits_BG, None if log_q_G is None else log_q_G.float(), no_negative_BG,
+    loss, hit_B = _WeightedSoftmax.apply(logits_BG, None if log_q_G is None else log_q_G.float(), masked,
                                          target_B, share_B)
     counted_B = weight_B > 0
     return loss, {"rows": counted_B.sum().float(), "hits": (counted_B & hit_B).sum().float()}
 
 
+def _accidental_hits(item_row_G: Tensor, target_B: Tensor) -> Tensor:
+    """int64, where in the flattened (B, G) a column holds the item of the row's own positive and is another one.
+
+    They are few: to list them takes a tenth of the time of two passes over a matrix of that size.
+    """
+    columns = len(item_row_G)
+    item_G, column_G = item_row_G.sort()
+    own_B = item_row_G[target_B]
+    first_B, last_B = torch.searchsorted(item_G, own_B), torch.searchsorted(item_G, own_B, right=True)
+    same_B = last_B - first_B
+    row = torch.repeat_interleave(same_B)
+    within = torch.arange(len(row)) - (same_B.cumsum(0) - same_B)[row]
+    column = column_G[first_B[row] + within]
+    return (row * columns + column)[column != target_B[row]]
+
+
 class _WeightedSoftmax(torch.autograd.Function):
     """sum_i share_i * l_i with l_i the softmax loss of row i over what is not masked, and whether row i hits.
+
+    What is masked is a bool (B, G), or int64 places of the flattened (B, G).
 
     One matrix of the logits' size is kept and worked on in place. Left to autograd this is twenty passes over that
     matrix, which on a CPU cost as much as the towers' own arithmetic.
     """
 
     @staticmethod
-    def forward(ctx, logits_BG, log_q_G, masked_BG, target_B, share_B):
-        logits_BG = logits_BG.float() - (0.0 if log_q_G is None else log_q_G)
-        logits_BG.masked_fill_(masked_BG, torch.finfo(torch.float32).min)
+    def forward(ctx, logits_BG, log_q_G, masked, target_B, share_B):
+        logits_BG = (logits_BG.float() - (0.0 if log_q_G is None else log_q_G)).contiguous()
+        lowest = torch.finfo(torch.float32).min
+        if masked.dtype == torch.bool:
+            logits_BG.masked_fill_(masked, lowest)
+        else:
+            logits_BG.view(-1).index_fill_(0, masked, lowest)
         own_B1, share_B1 = target_B[:, None], share_B[:, None]
         own_logit_B1 = logits_BG.gather(1, own_B1)
         highest_B1 = logits_BG.amax(dim=1, keepdim=True) if logits_BG.shape[1] else own_logit_B1

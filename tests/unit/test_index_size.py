@@ -21,6 +21,7 @@ def test_what_it_does_not_know(factory):
 
 
 @pytest.mark.parametrize(("factory", "on_gpu"), [("Flat", True), ("IVF4096,Flat", True), ("IVF64,PQ16", True),
-                                                 ("HNSW32", False), ("SQ8", False), ("IVF64,PQ16x4fs", False)])
+                                                 ("HNSW32", False), ("SQ8", False), ("SQfp16", True), ("PQ16", False),
+                                                 ("IVF64,PQ16x4fs", False)])
 def test_what_a_gpu_has(factory, on_gpu):
     assert lives_on_gpu(factory) is on_gpu
