@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(MADE_FROM) | cksum))
 PYTEST := $(VENV)/bin/python -m pytest --timeout 900 --durations 10
 
 .PHONY: help venv demo smoke test test-unit test-fuzz fuzz test-two-process test-end-to-end test-faults test-cluster \
-	test-real-logs faults soak bench peers lint clean
+	test-gpu test-real-logs faults soak bench peers lint clean
 
 help:
 	@echo "make venv              the environment .venv; every target below makes it where it needs it"
@@ -21,6 +21,7 @@ help:
 	@echo "make smoke             the same in small, with a quality gate (configs/smoke.yaml)"
 	@echo "make test              unit, fuzz, two-process, end-to-end and fault tests; each also: test-unit, test-fuzz, .."
 	@echo "make test-cluster      runs over two and three Ray nodes, a lost node, a lost head, a straggler (ten minutes)"
+	@echo "make test-gpu          the same parts on one GPU, in an environment of yours with CUDA: PYTEST='python -m pytest'"
 	@echo "make test-real-logs    tests on the logs in the folder that WATCHTOWER_REAL_LOGS names"
 	@echo "make fuzz              every reader against changed files, guided by coverage; SECONDS=60 of each, ONLY=config,logs"
 	@echo "make faults            100 seeded kills, a full disk, damaged files, a lost node: survived N of N (an hour or more)"
@@ -72,6 +73,10 @@ test-faults: $(STAMP)
 # Not part of `make test`. As root some also run in networks of their own.
 test-cluster: $(STAMP)
 	$(PYTEST) tests/cluster $(ARGS)
+
+# Not part of `make test`, and not in .venv, which has no CUDA.
+test-gpu:
+	$(PYTEST) tests/gpu $(ARGS)
 
 test-real-logs: $(STAMP)
 	$(PYTEST) tests/real_logs $(ARGS)

@@ -126,7 +126,19 @@ def check_tower_flops(sizes: argparse.Namespace) -> None:
     assert counter.get_total_flops() == ours, (counter.get_total_flops(), ours)
 
 
-def tower_rows(sizes: argparse.Namespace, device: torch.device, rounds: int, compiled: bool) -> Iterator[dict]:
+def print_profile(act: Callable[[], Any]) -> None:
+    """Where the time of one call goes, by kernel, on stderr."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        act()
+        torch.cuda.synchronize()
+    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60),
+          file=sys.stderr)
+
+
+def tower_rows(sizes: argparse.Namespace, device: torch.device, rounds: int, compiled: bool,
+               profiled: bool = False) -> Iterator[dict]:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     check_tower_flops(argparse.Namespace(**vars(sizes) | {"width": 64, "heads": 2, "layers": 2, "length": 32,
@@ -150,6 +162,8 @@ def tower_rows(sizes: argparse.Namespace, device: torch.device, rounds: int, com
     for _ in range(rounds):
         peak.append(2 * sizes.product**3 / seconds_of(lambda: a @ b, device, repeats))
         reached.append(flops / seconds_of(step, device, repeats))
+    if profiled and on_gpu:
+        print_profile(step)
     kind = str(dtype).removeprefix("torch.")
     yield row(f"{device.type}: towers, forward and backward: FLOP/s / peak of {kind} products",
               [one / max(peak) for one in reached], 0.5 if on_gpu else None, peak_tflops=max(peak) / 1e12,
@@ -186,7 +200,7 @@ def check_tables(device: torch.device) -> None:
     torch.testing.assert_close(gather_full(tables)["item"], wanted, rtol=1e-4, atol=1e-5)
 
 
-def table_rows(sizes: argparse.Namespace, device: torch.device, rounds: int) -> Iterator[dict]:
+def table_rows(sizes: argparse.Namespace, device: torch.device, rounds: int, profiled: bool = False) -> Iterator[dict]:
     check_tables(device)
     tables = ShardedTables([TableSpec("item", sizes.table_rows, sizes.table_dim)], device=device, learning_rate=0.1,
                            seed=0)
@@ -203,6 +217,9 @@ def table_rows(sizes: argparse.Namespace, device: torch.device, rounds: int) -> 
         tables(features)["item"].backward(gradient)
 
     repeats = 20
+    if profiled and device.type == "cuda":
+        look_up()
+        print_profile(look_up)
     copy_s = rounds_of(lambda: target.copy_(source), device, rounds, repeats)
     rates = {"copy": max(moved_bytes / seconds for seconds in copy_s)}
     told = f"{sizes.ids:,} ids of {sizes.table_rows:,} x {sizes.table_dim} float32"
@@ -244,6 +261,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options.add_argument("--compile", action="store_true", help="the towers through torch.compile")
+    options.add_argument("--profile", action="store_true", help="where the time of towers and lookups goes, on stderr")
     options.add_argument("--parts", nargs="+", choices=["towers", "tables", "index"],
                          default=["towers", "tables", "index"])
     for name, (small, large) in SIZES.items():
@@ -261,9 +279,9 @@ def main() -> int:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     rows: list[dict[str, Any]] = []
     if "towers" in arguments.parts:
-        rows += tower_rows(sizes, device, arguments.rounds, arguments.compile)
+        rows += tower_rows(sizes, device, arguments.rounds, arguments.compile, arguments.profile)
     if "tables" in arguments.parts:
-        rows += table_rows(sizes, device, arguments.rounds)
+        rows += table_rows(sizes, device, arguments.rounds, arguments.profile)
     if "index" in arguments.parts:
         rows += index_rows(sizes, device, arguments.rounds)
     assert all(math.isfinite(one["ratio"]) for one in rows)

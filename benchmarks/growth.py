@@ -85,7 +85,8 @@ def config_of(folder: Path):
     from worlds import world_config
 
     return world_config(
-        folder, data={"shards": max(1, size_of(folder) // ROWS_PER_SHARD)}, seeds=[0], split={"validation_days": 1, "test_days": 1},
+        folder, data={"shards": max(1, size_of(folder) // ROWS_PER_SHARD)}, seeds=[0],
+        split={"validation_days": 1, "test_days": 1},
         crm={"models": [{"name": "transformer", "tower": "decision_transformer"}]},
         train={"workers": 1, "threads_per_worker": len(cores()), "device": "cpu", "epochs": 1, "batch_rows": 128,
                "checkpoint_every_steps": None, "log_every_steps": 50},

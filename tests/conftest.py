@@ -12,7 +12,7 @@ settings.register_profile("no_clock", deadline=None)
 settings.load_profile("no_clock")
 
 TESTS = Path(__file__).parent
-LANES = ("unit", "fuzz", "two_process", "end_to_end", "faults", "cluster", "real_logs")
+LANES = ("unit", "fuzz", "two_process", "end_to_end", "faults", "cluster", "gpu", "real_logs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -259,8 +259,31 @@ class DnnTower(nn.Module):
 
 
 def _unpacked(packed_VD: Tensor, place_V: Tensor, places: int) -> Tensor:
-    """Puts packed rows to their places, zero elsewhere: float (places, D)."""
-    return packed_VD.new_zeros(places, packed_VD.shape[1]).index_copy(0, place_V, packed_VD)
+    """Puts packed rows to their places, which rise, zero elsewhere: float (places, D)."""
+    if len(place_V) == places:  # all windows are full
+        return packed_VD
+    return packed_VD.new_zeros(places, packed_VD.shape[1]).index_copy_(0, place_V, packed_VD)
+
+
+class _Packed(torch.autograd.Function):
+    """Rows at places that rise. No place comes twice, so backward copies: that of an embedding would sort the places
+    first, and on a GPU takes longer than the layer's products."""
+
+    @staticmethod
+    def forward(ctx, grid_PD: Tensor, place_V: Tensor) -> Tensor:
+        ctx.save_for_backward(place_V)
+        ctx.places = len(grid_PD)
+        return grid_PD.index_select(0, place_V)
+
+    @staticmethod
+    def backward(ctx, gradient_VD: Tensor) -> tuple[Tensor, None]:
+        place_V, = ctx.saved_tensors
+        return gradient_VD.new_zeros(ctx.places, gradient_VD.shape[1]).index_copy_(0, place_V, gradient_VD), None
+
+
+def _packed(grid_PD: Tensor, place_V: Tensor) -> Tensor:
+    """What `_unpacked` put there: float (V, D)."""
+    return grid_PD if len(place_V) == len(grid_PD) else _Packed.apply(grid_PD, place_V)
 
 
 class TransformerLayer(nn.Module):
@@ -279,13 +302,13 @@ class TransformerLayer(nn.Module):
     def forward(self, x_SD: Tensor, place_S: Tensor, tokens: int, row_B: Tensor) -> Tensor:
         """float (S, D) to the same; place_S: b * tokens + t of each packed token, rising; row_B: the windows' rows in
         the global batch."""
-        windows, key_S = len(row_B), place_keys(row_B, place_S, tokens)
+        windows, key_S, width = len(row_B), place_keys(row_B, place_S, tokens), x_SD.shape[1] // self.heads
         normed_SD = self.norm_attention(x_SD)
-        query_value_key = torch.cat([self.query_value(normed_SD), self.key(normed_SD)], dim=1)
-        grid = _unpacked(query_value_key, place_S, windows * tokens).view(windows, tokens, 3, self.heads, -1)
-        query, value, key = grid.permute(2, 0, 3, 1, 4)
+        query_value, key = (_unpacked(made_SE, place_S, windows * tokens).view(windows, tokens, -1, self.heads, width)
+                            for made_SE in (self.query_value(normed_SD), self.key(normed_SD)))
+        query, value, key = *query_value.permute(2, 0, 3, 1, 4), key.permute(2, 0, 3, 1, 4)[0]
         mixed = self._attention(query, key, value, row_B)
-        mixed_SD = F.embedding(place_S, mixed.transpose(1, 2).reshape(windows * tokens, -1))
+        mixed_SD = _packed(mixed.transpose(1, 2).reshape(windows * tokens, -1), place_S)
         x_SD = x_SD + self.drop(self.out(mixed_SD), key_S)
         return x_SD + self.drop(self.mlp(self.norm_mlp(x_SD)), key_S)
 

@@ -89,12 +89,12 @@ def batches(rank, workers, steps=STEPS):
     return made[:steps]
 
 
-def towers(tower, sharding="auto"):
+def towers(tower, sharding="auto", dropout=0.2):
     from configs.schema import CrmConfig, ModelConfig
     from trainer.crm import CrmModel, FeatureSizes, table_specs
 
     config = CrmConfig.model_validate({
-        "tower": {"dim": 16, "history": 10, "layers": 2, "heads": 2, "hidden": 24, "dropout": 0.2,
+        "tower": {"dim": 16, "history": 10, "layers": 2, "heads": 2, "hidden": 24, "dropout": dropout,
                   "past_path": tower == "decision_transformer"},
         "tables": {"dim": 8, "sharding": sharding, "init_std": 0.3}, "condition": {"buckets": 40, "max_s": 1000.0}})
     sizes = FeatureSizes.of(made_world()[3])
@@ -105,11 +105,11 @@ def towers(tower, sharding="auto"):
     return module, table_specs(sizes, config)
 
 
-def plain_run(tower, name, steps=STEPS):
+def plain_run(tower, name, steps=STEPS, dropout=0.2):
     """Losses, tables and towers of the plain process."""
     from embeddings.tables import initial_rows
 
-    module, specs = towers(tower)
+    module, specs = towers(tower, dropout=dropout)
     weights = {spec.name: torch.cat([rows for _, rows in initial_rows(SEED, spec, 0, spec.rows)]) for spec in specs}
     plain = PlainCrm(module, weights, **OPTIMIZERS[name])
     losses = []
@@ -122,29 +122,32 @@ def plain_run(tower, name, steps=STEPS):
 
 def _ranks(rank, world, cases, mistakes):
     sharded = batches(rank, world)
-    found = {case: _sharded_run(sharded, *case) for case in cases}
+    found = {case: sharded_run(sharded, *case) for case in cases}
     for mistake in mistakes:
-        found[mistake] = _sharded_run(sharded[:MISTAKE_STEPS], TOWERS[0], 0, "row_wise", "sgd", mistake)
+        found[mistake] = sharded_run(sharded[:MISTAKE_STEPS], TOWERS[0], 0, "row_wise", "sgd", mistake)
     return found, [len(batch.read_R) for batch in sharded]
 
 
-def _sharded_run(made, tower, stage, sharding, name, mistake=None):
+def sharded_run(made, tower, stage, sharding, name, mistake=None, *, device="cpu", precision="fp32", dropout=0.2):
+    """Losses, tables and towers of this rank's engine and sharded tables over its parts of the batches. Collective."""
     from embeddings.tables import ShardedTables, gather_full
     from trainer import crm
     from trainer.engine import DenseEngine, EngineSpec, gather_dense
     from trainer.workers import Workers
 
-    settings = dict(OPTIMIZERS[name])
-    module, specs = towers(tower, sharding)
-    tables = ShardedTables(specs, device=torch.device("cpu"), optimizer=settings.pop("table_optimizer"),
+    settings, device = dict(OPTIMIZERS[name]), torch.device(device)
+    module, specs = towers(tower, sharding, dropout)
+    made = [batch.to(device) for batch in made]
+    tables = ShardedTables(specs, device=device, optimizer=settings.pop("table_optimizer"),
                            learning_rate=settings.pop("table_learning_rate"), seed=SEED)
     placed = {plan["sharding"] for plan in tables.plan().values()}
     assert placed == {sharding}, placed
-    workers = Workers.joined(torch.device("cpu"))
+    workers = Workers.joined(device)
     right, losses = crm.gather_with_gradient, []
     crm.gather_with_gradient = _GATHERS.get(mistake, right)
     try:
-        with DenseEngine(module, EngineSpec(zero_stage=stage, **settings), device="cpu") as engine:
+        spec = EngineSpec(zero_stage=stage, precision=precision, **settings)
+        with DenseEngine(module, spec, device=device) as engine:
             upcoming = tables.begin(made[0].items.features)
             for step, (batch, following) in enumerate(zip(made, [*made[1:], None], strict=True)):
                 torch.manual_seed(step)
