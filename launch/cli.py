@@ -21,7 +21,7 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.secrets import redact
 from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
-from launch.stopping import TERMINATED, end_on_sigterm, why
+from launch.stopping import TERMINATED, end_on_sigterm, is_asked, why
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -222,8 +222,9 @@ def main(argv: list[str] | None = None) -> int:
             return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
         if (error := why()) is not None:
             return _fail(error, run_dir)
-        # Ray's own handler, which is in place while Ray starts, exits with the signal's number.
-        return _interrupted(TERMINATED if leaving.code in (TERMINATED, signal.SIGTERM) else INTERRUPTED)
+        # Ray's own handler, which is in place while Ray starts, exits with the signal's number; and what our handler
+        # raises while Ray waits for something comes out of the wait with the code 1.
+        return _interrupted(TERMINATED if is_asked() or leaving.code in (TERMINATED, signal.SIGTERM) else INTERRUPTED)
     except KeyboardInterrupt:
         return _interrupted(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config
 from embeddings.attempts import acts_for, publishing
-from trainer.results import plain, unmet, write_whole
+from trainer.results import plain, unmet, write_pointer, write_whole
 from trainer.routing_evaluation import (
     JOINT,
     VALIDATION,
@@ -147,7 +147,7 @@ def _say_what_serves(run: Run, routers: Sequence[Subject], overlap: float) -> No
     """routing/serving.json: the selector that serves, of which router and seed, with what of an overlap."""
     first = run.config.router.models[0].name
     if any(s.name == first for s in routers):
-        write_whole(run.folder / "routing" / "serving.json", _text({
+        write_pointer(run.folder / "routing" / "serving.json", plain({
             "selector": first + (JOINT if run.config.routing.assignment == "joint" else ""), "router": first,
             "seed": run.config.seeds[0], "assignment": run.config.routing.assignment, "overlap": overlap}))
 

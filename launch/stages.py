@@ -55,7 +55,7 @@ class Stage:
 
     Of the dict, `rows` (and `peak_mib`, if it is more than was seen here) are noted; the rest is kept with them.
     needs: the stages whose results it reads, for a config. snapshots: patterns of the folders with a manifest that it
-    publishes and that later stages read.
+    publishes and that later stages read. pointers: files that say what serves, written where no gate falls short.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Stage:
     reads: Callable[[Config], dict[str, Any]]
     on_ray: bool
     snapshots: tuple[str, ...] = ()
+    pointers: tuple[str, ...] = ()
 
 
 def _without(section: Any, keys: Set[str]) -> dict[str, Any]:
@@ -146,7 +147,7 @@ STAGES = {stage.name: stage for stage in (
     Stage("crm", _always("ingest"), "launch.train:train_crm", ("indexes",), _reads_crm, on_ray=True,
           snapshots=("evaluation/*/seed=*",)),
     Stage("evaluate", _always("ingest", "crm"), "launch.train:evaluate_crm", ("metrics.json",), _reads_evaluate,
-          on_ray=True),
+          on_ray=True, pointers=("indexes/serving.json",)),
     Stage("channels", _always("ingest"), "launch.stages:channels", ("channels",), _reads_channels,
           on_ray=True, snapshots=("channels/*/*",)),
     Stage("replay", _always("ingest", "channels"), "launch.replay:replay_labels", ("labels/manifest.json",),
@@ -155,7 +156,8 @@ STAGES = {stage.name: stage for stage in (
           "launch.train:train_router", ("evaluation/routing",), _reads_router, on_ray=True,
           snapshots=("item_value", "evaluation/routing/*/seed=*")),
     Stage("routing", _always("ingest", "channels", "replay", "router"), "launch.stages:routing",
-          ("metrics.json", "evaluation/routing/metrics.json"), _reads_routing, on_ray=True),
+          ("metrics.json", "evaluation/routing/metrics.json"), _reads_routing, on_ray=True,
+          pointers=("routing/serving.json",)),
     Stage("report", lambda config: tuple(sorted(judgements(set(config.stages)))), "launch.stages:report",
           ("report.html",), _reads_report, on_ray=False),
 )}
@@ -260,9 +262,20 @@ def is_done(run_dir: Path, stage: Stage, inputs: Inputs) -> bool:
 
 
 def _lost(run_dir: Path, stage: Stage) -> list[str]:
-    """The outputs that are gone, or are not what the stage wrote."""
+    """The outputs that are gone, or are not what the stage wrote, and its pointers that are damaged."""
     written = (marker(run_dir, stage.name) or {}).get("written") or {}
-    return [name for name in stage.outputs if not _is_as_written(run_dir, name, written.get(name))]
+    return [*(name for name in stage.outputs if not _is_as_written(run_dir, name, written.get(name))),
+            *_damaged_pointers(run_dir, stage)]
+
+
+def _damaged_pointers(run_dir: Path, stage: Stage) -> list[str]:
+    return [name for name in stage.pointers if (run_dir / name).exists() and not _has_its_checksum(run_dir / name)]
+
+
+def _has_its_checksum(path: Path) -> bool:
+    from trainer.results import is_whole
+
+    return is_whole(_read_json(path))
 
 
 def _is_as_written(run_dir: Path, name: str, digest: str | None) -> bool:
@@ -270,9 +283,7 @@ def _is_as_written(run_dir: Path, name: str, digest: str | None) -> bool:
     later stages write too, by its own checksum."""
     path = run_dir / name
     if name == METRICS:
-        from trainer.results import is_whole
-
-        return is_whole(_read_json(path))
+        return _has_its_checksum(path)
     return path.exists() and (digest is None or _digest(path) == digest)
 
 
@@ -488,6 +499,8 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
         if later == "routing":  # else an older judgement would go on in metrics.json
             (run_dir / "evaluation" / "routing" / "metrics.json").unlink(missing_ok=True)
         (run_dir / "stages" / f"{later}.json").unlink(missing_ok=True)
+    for name in _damaged_pointers(run_dir, stage):  # where a gate falls short the stage leaves what is there
+        (run_dir / name).unlink()
     log.write("stage", stage=stage.name, status="started")
     moved(f"stage {stage.name}")
     begin = time.perf_counter()

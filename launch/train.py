@@ -71,7 +71,7 @@ def write_results(config: Config, run_dir: Path) -> None:
     """metrics.json from what the run folder holds, and the pointer to the index that serves."""
     from launch.stages import told
     from trainer.ceiling import synthetic_metrics
-    from trainer.results import assemble, unmet, write_metrics, write_whole
+    from trainer.results import assemble, unmet, write_metrics, write_pointer
 
     metrics = told(run_dir / "evaluation", lambda: assemble(run_dir, config) | {
         "synthetic": synthetic_metrics(run_dir, config)})
@@ -81,8 +81,8 @@ def write_results(config: Config, run_dir: Path) -> None:
         print("indexes/serving.json stays as it is: a quality gate (gates.at_least) fell short", flush=True)
     elif serving is not None:
         inside(run_dir, serving["index"]["folder"], "summary.json of the published model")
-        write_whole(run_dir / "indexes" / "serving.json", json.dumps(
-            {"model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]}) + "\n")
+        write_pointer(run_dir / "indexes" / "serving.json", {
+            "model": config.crm.published, "seed": config.seeds[0], "folder": serving["index"]["folder"]})
 
 
 def _run_crm(config: Config, run_dir: Path) -> dict[str, Any]:

@@ -168,16 +168,27 @@ def assemble(run_dir: str | Path, config: Config) -> dict[str, Any]:
 def write_metrics(run_dir: str | Path, metrics: Mapping[str, Any]) -> Path:
     """Writes metrics.json beside its place and renames it there, so that no reader sees half of it; its last key,
     `sha256`, is a checksum of all others."""
-    said = {key: value for key, value in plain(metrics).items() if key != CHECKSUM}
-    return write_whole(Path(run_dir) / "metrics.json", _json(said | {CHECKSUM: _checksum(said)}) + "\n")
+    return write_whole(Path(run_dir) / "metrics.json", _json(checksummed(plain(metrics))) + "\n")
 
 
-def is_whole(metrics: Mapping[str, Any] | None) -> bool:
-    """Whether metrics.json, as it was read, is what was written; one of an earlier version has no checksum."""
-    if not isinstance(metrics, Mapping):
+def write_pointer(path: Path, what_serves: Mapping[str, Any]) -> Path:
+    """Writes a serving.json, in one step and with a checksum as metrics.json has it."""
+    return write_whole(path, json.dumps(checksummed(what_serves)) + "\n")
+
+
+def checksummed(said: Mapping[str, Any]) -> dict[str, Any]:
+    """With `sha256` as the last key, a checksum of all others."""
+    said = {key: value for key, value in said.items() if key != CHECKSUM}
+    return said | {CHECKSUM: _checksum(said)}
+
+
+def is_whole(read: Mapping[str, Any] | None) -> bool:
+    """Whether metrics.json or a serving.json, as it was read, is what was written; one of an earlier version has no
+    checksum."""
+    if not isinstance(read, Mapping):
         return False
-    said = {key: value for key, value in metrics.items() if key != CHECKSUM}
-    return metrics.get(CHECKSUM) in (None, _checksum(said))
+    said = {key: value for key, value in read.items() if key != CHECKSUM}
+    return read.get(CHECKSUM) in (None, _checksum(said))
 
 
 def _checksum(said: Mapping[str, Any]) -> str:

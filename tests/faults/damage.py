@@ -75,7 +75,7 @@ KINDS = (
     Kind("metrics", "metrics.json"),
     Kind("report", "report.html"),
     Kind("config of the run", "config.yaml"),
-    Kind("pointer to what serves", "indexes/serving.json", ("report",)),
+    Kind("pointer to what serves", "*/serving.json"),
 )
 CHEAP = ("metrics", "events", "report")  # what was damaged is made from files alone, without training
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
-from launch import cli, stages
+from launch import cli, stages, stopping
 
 COMMAND = [sys.executable, "-m", "launch.cli"]
 
@@ -162,6 +162,13 @@ def test_an_unforeseen_error_leaves_its_traceback_in_the_run_folder(failing, cap
 def test_interrupted(error, code, failing, capsys):
     found, said = failing(error, capsys)
     assert found == code and "interrupted" in said
+
+
+def test_a_signal_that_ray_gave_another_code(failing, monkeypatch, capsys):
+    """What a handler raises while Ray waits comes out of the wait as SystemExit(1)."""
+    monkeypatch.setattr(stopping, "_asked", True)
+    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
+    assert failing(SystemExit(1), capsys)[0] == 143
 
 
 def test_terminated(repository):

@@ -26,6 +26,7 @@ from launch.local_ray import (
 )
 from launch.run_folder import LOCK_NAME, locked, make_run_folder, sweep
 from trainer.events import read_events
+from trainer.results import write_pointer
 
 WRITES = {"ingest": ["sequences/manifest.json"], "crm": ["indexes/serving.json"], "evaluate": ["metrics.json"],
           "channels": ["channels/swing/1/manifest.json"], "replay": ["labels/manifest.json"],
@@ -52,7 +53,8 @@ def folder(tmp_path, monkeypatch):
     for name, stage in stages.STAGES.items():
         monkeypatch.setattr(stages, f"stand_in_{name}", stand_in(name), raising=False)
         monkeypatch.setitem(stages.STAGES, name, stages.Stage(
-            name, stage.needs, f"launch.stages:stand_in_{name}", stage.outputs, stage.reads, on_ray=False))
+            name, stage.needs, f"launch.stages:stand_in_{name}", stage.outputs, stage.reads, on_ray=False,
+            pointers=stage.pointers))
     monkeypatch.setattr(stages, "write_synthetic_world", lambda config, run_dir, check: None)
     monkeypatch.setattr(stages, "show_results", lambda run_dir: None)
     run_dir = tmp_path / "run"
@@ -144,6 +146,17 @@ def test_what_is_gone_is_made_again_with_what_follows(folder, capsys):
     (folder.path / "indexes").rmdir()
     assert folder() == [*CRM, "report"]
     assert "crm: again  indexes is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ['{"folder": "indexes/a', '{"folder": "indexes/a", "sha256": "0"}'])
+def test_a_damaged_pointer_is_made_again(folder, damage, capsys):
+    folder()
+    write_pointer(folder.path / "indexes/serving.json", {"folder": "indexes/a"})
+    assert folder() == []
+    (folder.path / "indexes/serving.json").write_text(damage)
+    ran = folder()
+    assert "evaluate" in ran and "crm" not in ran
+    assert "evaluate: again  indexes/serving.json is gone or damaged" in capsys.readouterr().out
 
 
 def test_a_stage_that_fails_is_not_done(folder, monkeypatch):
