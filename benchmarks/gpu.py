@@ -41,8 +41,8 @@ from trainer.towers import DecisionTransformerTower  # noqa: E402
 
 GIB = 2**30
 # Of each size: on the CPU, on a GPU.
-SIZES = {"width": (64, 1024), "layers": (2, 8), "length": (32, 256), "heads": (2, 16), "windows": (4, 32),
-         "product": (512, 8192), "table_rows": (20_000, 20_000_000), "table_dim": (64, 128), "ids": (5_000, 2_000_000),
+SIZES = {"width": (64, 1024), "layers": (2, 8), "length": (32, 256), "heads": (2, 16), "windows": (4, 128),
+         "product": (512, 8192), "table_rows": (20_000, 20_000_000), "table_dim": (64, 128), "ids": (5_000, 4_000_000),
          "items": (20_000, 27_400_000), "vector": (64, 128), "queries": (100, 10_000)}
 MEANINGS = {"width": "of the tower", "layers": "of the tower", "length": "views of a window, tokens of the tower",
             "heads": "of attention", "windows": "of a batch", "product": "side of the matrices that give the peak",

@@ -203,7 +203,7 @@ class ItemIndex:
         """
         if self._vectors_ND is not None:
             return self._vectors_ND
-        index = _to_cpu(self._index)
+        index = _to_cpu(self._index, self.spec)
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None:
             ivf.make_direct_map()
@@ -227,7 +227,7 @@ class ItemIndex:
     def bytes(self) -> int:
         """Size of the index as FAISS writes it, in bytes."""
         if self._bytes is None:
-            self._bytes = int(faiss.serialize_index(_to_cpu(self._index)).nbytes)
+            self._bytes = int(faiss.serialize_index(_to_cpu(self._index, self.spec)).nbytes)
         return self._bytes
 
     def save(self, folder: Path) -> None:
@@ -239,7 +239,7 @@ class ItemIndex:
         folder = Path(folder)
         # Through a Python file: FAISS's own loses the errno, and a write that only fails on closing goes unnoticed.
         with open(folder / INDEX_FILE, "wb") as file:
-            faiss.write_index(_to_cpu(self._index), faiss.PyCallbackIOWriter(file.write))
+            faiss.write_index(_to_cpu(self._index, self.spec), faiss.PyCallbackIOWriter(file.write))
         self._bytes = (folder / INDEX_FILE).stat().st_size
         described = {
             "factory": self.spec.factory,
@@ -428,25 +428,22 @@ def _to_device(index: faiss.Index, spec: IndexSpec) -> faiss.Index:
         if spec.device == "auto":
             return index
         raise InputError(f"index factory {spec.factory!r} does not exist on the GPU ({_reason(error)})") from error
-    on_gpu.resources_of_ours = resources  # the index must not outlive them
-    on_gpu.is_half_of_ours = half
+    # The index must not outlive them. This is the one name that FAISS lets Python add to an index.
+    on_gpu.referenced_objects = [resources]
     return on_gpu
 
 
-def _to_cpu(index: faiss.Index) -> faiss.Index:
+def _to_cpu(index: faiss.Index, spec: IndexSpec) -> faiss.Index:
     if not (_has_gpu() and "Gpu" in type(index).__name__):
         return index
     on_cpu = faiss.index_gpu_to_cpu(index)
-    return _recoded(on_cpu, _empty_half(index.d)) if getattr(index, "is_half_of_ours", False) else on_cpu
+    asked = faiss.index_factory(index.d, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    return _recoded(on_cpu, asked) if _is_half(asked) else on_cpu
 
 
 def _is_half(index: faiss.Index) -> bool:
     """Whether it is `SQfp16`. What a GPU calls a flat index of half precision is a scalar quantizer on the CPU."""
     return isinstance(index, faiss.IndexScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16
-
-
-def _empty_half(width: int) -> faiss.Index:
-    return faiss.index_factory(width, "SQfp16", faiss.METRIC_INNER_PRODUCT)
 
 
 def _recoded(index: faiss.Index, into: faiss.Index) -> faiss.Index:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import InputError, WatchtowerError
-from embeddings.index import IDS_FILE, INDEX_FILE, IndexSpec, ItemIndex, _empty_half, _is_half, _recoded
+from embeddings.index import IDS_FILE, INDEX_FILE, IndexSpec, ItemIndex, _is_half, _recoded
 
 WIDTH = 17  # an odd width, as the bias makes it: a product quantizer cannot cut it as it is
 FACTORIES = [
@@ -217,13 +217,13 @@ def test_cuda_without_a_gpu_is_refused_and_auto_goes_on(world):
 def test_half_precision_stays_what_it_is_on_its_way_to_a_gpu_and_back():
     """A GPU has it as a flat index; what comes back is the scalar quantizer that was there."""
     vectors_ND = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
-    half = _recoded(faiss.IndexFlatIP(8), _empty_half(8))
+    half = _recoded(faiss.IndexFlatIP(8), faiss.index_factory(8, "SQfp16", faiss.METRIC_INNER_PRODUCT))
     half.add(vectors_ND)
     assert _is_half(half) and not _is_half(faiss.IndexFlatIP(8))
     assert not _is_half(faiss.index_factory(8, "SQ8", faiss.METRIC_INNER_PRODUCT))
     flat = _recoded(half, faiss.IndexFlatIP(8))
     np.testing.assert_array_equal(flat.reconstruct_n(0, 300), vectors_ND.astype(np.float16).astype(np.float32))
-    back = _recoded(flat, _empty_half(8))
+    back = _recoded(flat, faiss.index_factory(8, "SQfp16", faiss.METRIC_INNER_PRODUCT))
     np.testing.assert_array_equal(faiss.serialize_index(back), faiss.serialize_index(half))
 
 
