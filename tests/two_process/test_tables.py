@@ -391,6 +391,22 @@ def test_initial_rows_depend_on_seed_name_and_row_alone(monkeypatch):
     assert abs(float(whole.mean())) < 0.2 and abs(float(whole.std()) - 1.0) < 0.15
 
 
+@pytest.mark.parametrize("bad", [(0, -1), (2, 5), (3, 7), (4, 2**40)])
+def test_an_id_out_of_its_table_ends_the_process_on_a_gpu_too(bad):
+    from torchrec import KeyedJaggedTensor
+
+    from embeddings.tables import assert_in_range
+
+    ids = torch.tensor([0, 4, 0, 6, 0])
+    features = KeyedJaggedTensor(keys=["small", "none", "large"], values=ids, lengths=torch.tensor([2, 1, 0, 0, 1, 1]))
+    rows = {"small": 5, "none": 1, "large": 7}
+    assert_in_range(features, rows)
+    assert_in_range(KeyedJaggedTensor(keys=["none"], values=ids[:0], lengths=torch.tensor([0])), rows)
+    ids[bad[0]] = bad[1]
+    with pytest.raises(RuntimeError, match="out of the rows"):
+        assert_in_range(features, rows)
+
+
 @pytest.mark.parametrize("name", ["items", "keys", "values", "pop", "a.b", ""])
 def test_a_table_name_that_cannot_be(name):
     from embeddings.tables import TableSpec
