@@ -410,12 +410,15 @@ def _attempt(config: Config, run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_empty_folder(run_dir: Path) -> Iterator[None]:
-    """A run that ends before it wrote anything leaves no folder behind."""
+    """A run that ends before it wrote anything leaves no folder behind. What is in its place when a shared file system
+    is away is a folder to mount it on, and stays."""
+    own = run_dir.stat()
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            run_dir.rmdir()
+            if os.path.samestat(own, run_dir.stat()):
+                run_dir.rmdir()
 
 
 def _check_files(to_run: list[str], inputs: dict[str, Inputs]) -> None:

@@ -137,8 +137,8 @@ def disk_full(room: float, needed_bytes: int, run_dir: Path, reference: Results,
 
 
 def room_of(run_dir: Path) -> int:
-    """Bytes of a run folder as a file system of 4 KiB pages counts them."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in run_dir.rglob("*"))
+    """Bytes of a run folder as tmpfs counts them: the pages of its files."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in run_dir.rglob("*") if path.is_file())
 
 
 # -------------------------------------------------------------------------------------------------- the shared folder

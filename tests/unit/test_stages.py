@@ -356,3 +356,17 @@ def test_a_damaged_snapshot_that_is_about_to_be_read_is_made_anew(folder, monkey
     assert whole.exists() and not torn.exists()
     assert f"warning: {torn / 'a'}: damaged snapshot, the content does not match its checksum; it is made anew" in (
         capsys.readouterr().out)
+
+
+def test_a_folder_in_the_place_of_the_run_folder_stays(tmp_path):
+    """What a shared file system is mounted on, when it goes away amid a run that then fails."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(OSError), stages._no_empty_folder(run_dir):
+        run_dir.rename(tmp_path / "away")
+        run_dir.mkdir()
+        raise OSError("gone")
+    assert run_dir.exists()
+    with stages._no_empty_folder(run_dir):
+        pass
+    assert not run_dir.exists()
