@@ -61,7 +61,7 @@ BENCHMARKS = (
     Benchmark("catr", "catr_scoring.py"),
     Benchmark("training-step", "training_step.py", ("--modes", "step"), cores=2),
     Benchmark("training-run", "training_run.py", peers=("recbole",), cores=2, limit_s=2400),
-    Benchmark("gpu", "gpu.py", ("--device", "cuda"), cuda=True, limit_s=1800),
+    Benchmark("gpu", "gpu.py", ("--device", "cuda", "--compile"), cuda=True, limit_s=1800),
 )
 
 
