@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from configs.secrets import redact
 
@@ -32,6 +33,7 @@ def end_on_sigterm() -> None:
     if threading.current_thread() is threading.main_thread():
         _asked, _error = False, None
         signal.signal(signal.SIGTERM, _handle)
+        sys.unraisablehook = _swallowed
 
 
 def is_asked() -> bool:
@@ -103,6 +105,18 @@ def _handle(*_: object) -> None:
         _end_of_grace = _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return
     raise SystemExit(TERMINATED)
+
+
+def _swallowed(unraisable: Any) -> None:
+    """What a signal raises while Python runs a finalizer ends there and is lost: the signal comes once more. And what
+    a finalizer says that was broken into is noise."""
+    ends = _asked or _error is not None
+    if unraisable.exc_type is KeyboardInterrupt:
+        _later(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    elif ends and unraisable.exc_type is SystemExit:
+        _later(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    elif not ends:
+        sys.__unraisablehook__(unraisable)
 
 
 def _will_answer() -> bool:

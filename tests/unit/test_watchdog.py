@@ -221,6 +221,21 @@ def test_sigterm_asks_first_and_ends_at_once_the_second_time(repository, words, 
     assert " ".join([*heard, *rest.split()]) == said
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, stopping.TERMINATED), (signal.SIGINT, 7)])
+def test_a_signal_that_a_finalizer_swallows_comes_again(repository, number, code):
+    script = ("import time\nfrom launch import stopping\n"
+              "class Slow:\n    def __del__(self):\n        print('in', flush=True)\n        time.sleep(60)\n"
+              "stopping.end_on_sigterm()\nslow = Slow()\n"
+              "try:\n    del slow\n    print('out', flush=True)\n    time.sleep(60)\n"
+              "except KeyboardInterrupt:\n    raise SystemExit(7)\n")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=repository, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(number)
+    said, told = process.communicate(timeout=50)
+    assert (process.returncode, said, told) == (code, "out\n", "")
+
+
 def test_a_thread_can_end_the_driver_with_its_error(repository):
     script = ("import threading\nfrom configs.errors import WatchtowerError\nfrom launch import stopping\n"
               "stopping.end_on_sigterm()\n"
