@@ -21,7 +21,7 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.secrets import redact
 from launch import submit
 from launch.console import FORMAT_VARIABLE, FORMATS, is_json, say, version
-from launch.stopping import TERMINATED, end_on_sigterm, is_asked, why
+from launch.stopping import TERMINATED, end_on_sigterm, is_asked, is_ended, why
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if is_ended() and not isinstance(error, WatchtowerError):
+            return _interrupted(TERMINATED)
         return _fail(error, run_dir)
 
 

@@ -23,15 +23,16 @@ TERMINATED = 143
 _ask: Callable[[], bool] | None = None
 _grace_s = 0.0
 _asked = False
+_raised = False
 _error: Exception | None = None
 _end_of_grace: threading.Timer | None = None
 
 
 def end_on_sigterm() -> None:
     """Put the handler in place, on the main thread; elsewhere nothing is done."""
-    global _asked, _error
+    global _asked, _raised, _error
     if threading.current_thread() is threading.main_thread():
-        _asked, _error = False, None
+        _asked, _raised, _error = False, False, None
         signal.signal(signal.SIGTERM, _handle)
         sys.unraisablehook = _swallowed
 
@@ -39,6 +40,12 @@ def end_on_sigterm() -> None:
 def is_asked() -> bool:
     """Whether a SIGTERM has come."""
     return _asked
+
+
+def is_ended() -> bool:
+    """Whether a SIGTERM was to end the run at once. Where it broke into an import, compiled code may have swallowed what
+    was raised; what fails then, on a module that is half there, is the signal's doing."""
+    return _raised
 
 
 @contextlib.contextmanager
@@ -96,7 +103,7 @@ def _end_at_once(error: Exception) -> None:
 
 
 def _handle(*_: object) -> None:
-    global _asked, _end_of_grace
+    global _asked, _raised, _end_of_grace
     if _error is not None:
         # Of what a handler raises while Ray waits for something, only SystemExit and KeyboardInterrupt come through.
         raise SystemExit(1)
@@ -104,6 +111,7 @@ def _handle(*_: object) -> None:
     if first and _will_answer():
         _end_of_grace = _later(_grace_s, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return
+    _raised = True
     raise SystemExit(TERMINATED)
 
 

@@ -171,6 +171,15 @@ def test_a_signal_that_ray_gave_another_code(failing, monkeypatch, capsys):
     assert failing(SystemExit(1), capsys)[0] == 143
 
 
+def test_what_a_signal_broke_is_no_failure(failing, monkeypatch, capsys):
+    """A module that was half imported when SIGTERM came, and what was raised there swallowed."""
+    monkeypatch.setattr(stopping, "_raised", True)
+    monkeypatch.setattr(cli, "end_on_sigterm", lambda: None)
+    assert failing(AttributeError("partially initialized module"), capsys)[0] == 143
+    code, said = failing(WatchtowerError("the disk is full"), capsys)
+    assert code == 1 and "the disk is full" in said
+
+
 def test_terminated(repository):
     code = ("import sys, time, launch.cli as c, launch.stages as s\n"
             "def wait(*_):\n    print('ready', flush=True)\n    time.sleep(30)\n"
