@@ -43,8 +43,8 @@ def is_asked() -> bool:
 
 
 def is_ended() -> bool:
-    """Whether a SIGTERM was to end the run at once. Where it broke into an import, compiled code may have swallowed what
-    was raised; what fails then, on a module that is half there, is the signal's doing."""
+    """Whether a SIGTERM was to end the run at once. Where it broke into an import, compiled code may have swallowed
+    what was raised; what fails then, on a module that is half there, is the signal's doing."""
     return _raised
 
 
