@@ -39,7 +39,8 @@ def made_batch(catalogue, requests: int, triggers: int, views: int):
     trigger_TF[rng.random(trigger_TF.shape) < 0.1] = np.nan
     zeros_TC = np.zeros((total, CHANNELS), np.float32)
     arrays = {
-        "user_B": np.arange(requests), "request_T": request_T, "place_T": np.arange(total), "item_T": item[:total],
+        "user_B": np.arange(requests), "row_B": np.arange(requests), "request_T": request_T,
+        "place_T": np.arange(total), "item_T": item[:total],
         "trigger_TF": trigger_TF,
         "list_TCF": rng.normal(size=(total, CHANNELS, LIST_FEATURES)).astype(np.float32), "request_V": request_V,
         "place_V": np.arange(viewed), "item_V": item[total:], "watch_bucket_V": rng.integers(0, 100, viewed),
