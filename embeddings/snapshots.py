@@ -23,6 +23,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from embeddings import attempts
 from embeddings.untrusted import read_json
 
 MANIFEST = "manifest.json"
+FLUSHED_AT_ONCE = 4  # files of a snapshot, to disk
 
 _SNAPSHOT_NAME = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _ATTEMPT_FOLDER = re.compile(r"\..+\.attempt-[0-9a-f]{32}\.tmp", re.ASCII)
@@ -328,19 +330,21 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with every file's size and checksum, and flush all of it to disk."""
-    files = {}
-    folders = [folder]
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise WatchtowerError(f"{path}: a snapshot holds plain files only")
-        if path.is_dir():
-            folders.append(path)
-            continue
-        if name == MANIFEST:
-            raise WatchtowerError(f"{path}: the manifest is written by publish, not by the writer")
-        files[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        _flush(path)
+    files, folders, flushed = {}, [folder], []
+    with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:  # the disk writes one file while the next is read
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise WatchtowerError(f"{path}: a snapshot holds plain files only")
+            if path.is_dir():
+                folders.append(path)
+                continue
+            if name == MANIFEST:
+                raise WatchtowerError(f"{path}: the manifest is written by publish, not by the writer")
+            flushed.append(pool.submit(_flush, path))
+            files[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for one in flushed:
+            one.result()
     path = folder / MANIFEST
     path.write_text(json.dumps({**manifest, "files": files}, indent=1, allow_nan=False) + "\n")
     _flush(path)

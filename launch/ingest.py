@@ -368,7 +368,8 @@ def write_shard(work: Work, rows: pa.Table) -> None:
         if duplicates.num_rows:
             sequences.whole_file(work.staging / "quarantine" / f"part-shard-{shard:05d}.parquet",
                                  lambda path: pq.write_table(duplicates, path))
-        sequences.whole_file(work.partial(f"shard-{shard:05d}.parquet"), lambda path: pq.write_table(seen, path))
+        sequences.whole_file(work.partial(f"shard-{shard:05d}.parquet"), lambda path: pq.write_table(
+            seen, path, use_dictionary=False, compression="none", write_statistics=False))  # read once, then gone
         _write_json(work.partial(f"shard-{shard:05d}.json"), vars(summary))
 
 

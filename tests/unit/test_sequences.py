@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from configs.errors import InputError
 from configs.schema import Config, DataConfig, SplitConfig
 from launch.ingest import SerialExecutor, ingest
-from trainer.sequences import SequenceStore, is_test_user, shard_of, split_times, user_hash
+from trainer.sequences import SequenceStore, _order_of, is_test_user, shard_of, split_times, user_hash
 
 T0 = 1_650_000_000_000
 DAY_MS = 86_400_000
@@ -257,3 +257,11 @@ def test_the_999_permille_of_an_ingested_log(tmp_path):
     local = pd.to_datetime(rows["timestamp_ms"] + 5.5 * 3_600_000, unit="ms").dt.strftime("%Y-%m-%d")
     assert statistics["rows_by_day"] == local.value_counts().to_dict()
     assert any("stragglers" in w for w in statistics["warnings"])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.one_of(st.integers(-3, 3), st.integers(-2**62, 2**62), st.integers(2**40, 2**40 + 5000)),
+                max_size=60))
+def test_rows_by_user_are_in_the_order_they_came(ids):
+    user = np.array(ids, np.int64)
+    np.testing.assert_array_equal(_order_of(user), np.argsort(user, kind="stable"))
