@@ -119,6 +119,10 @@ def inside(root: Path, relative: str, source: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------ Parquet
 
+# Of the statistics of sizes, where a chunk is looked at.
+_THROWN = ("histogram size mismatch", "Unencoded byte array data bytes")
+
+
 def open_parquet(source: pa.NativeFile, name: str) -> pq.ParquetFile:
     """A Parquet file whose footer has been looked at before Arrow makes types of it.
 
@@ -135,23 +139,36 @@ def open_parquet(source: pa.NativeFile, name: str) -> pq.ParquetFile:
     # Without its key Arrow does not find the schema, and this parse makes plain types alone.
     plain = footer.replace(_ARROW_SCHEMA, _HIDDEN_SCHEMA)
     file = b"PAR1" + plain + struct.pack("<I", len(plain)) + b"PAR1"
-    metadata = pq.ParquetFile(pa.BufferReader(file)).metadata
+    alone = _opened(pa.BufferReader(file), name)
+    metadata = alone.metadata
+    _check_chunks(alone, name)
     _check_declared(metadata, size, name)
     if (found := footer.count(_ARROW_SCHEMA)) > 1:
         raise InputError(f"{name}: has {found} Arrow schemas where a Parquet file has one")
     if found:
         _check_arrow_schema((metadata.metadata or {}).get(_HIDDEN_SCHEMA), name)
     source.seek(0)
-    parquet = pq.ParquetFile(source, page_checksum_verification=True)  # of files that have such checksums
+    parquet = _opened(source, name, page_checksum_verification=True)  # of files that have such checksums
     _names(parquet.schema_arrow, name)
     return parquet
+
+
+def _opened(source: pa.NativeFile, name: str, **how: Any) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(source, **how)
+    except UnicodeDecodeError as error:
+        raise _no_text(name, error) from error
 
 
 def _names(schema: pa.Schema, source: str) -> list[str]:
     try:
         return schema.names
     except UnicodeDecodeError as error:
-        raise InputError(f"{source}: the name of a column is no text in UTF-8 ({error})") from error
+        raise _no_text(source, error) from error
+
+
+def _no_text(source: str, error: UnicodeDecodeError) -> InputError:
+    return InputError(f"{source}: the name of a column is no text in UTF-8 ({error})")
 
 
 def _check_once(names: list[str], source: str) -> None:
@@ -171,6 +188,23 @@ def _parquet_footer(source: pa.NativeFile, size: int) -> bytes:
         raise pa.ArrowInvalid(f"its footer of {length} bytes does not fit")
     source.seek(size - 8 - length)
     return source.read(length)
+
+
+def _check_chunks(alone: pq.ParquetFile, name: str) -> None:
+    """Refuse a column's metadata that Arrow throws on: to look at it through Python's `RowGroupMetaData.column` would
+    end the process, which has no handler there (pyarrow 26). Reading has one, and comes upon the metadata first.
+
+    Args:
+        alone: the footer without the data, so that nothing can be read.
+    """
+    columns = alone.metadata.num_columns
+    for group in range(alone.metadata.num_row_groups if columns <= MOST_COLUMNS else 0):
+        for at in range(columns):
+            try:
+                alone.reader.read_row_group(group, column_indices=[at], use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                if any(words in str(error) for words in _THROWN):
+                    raise InputError(f"{name}: its footer is damaged: {error}") from error
 
 
 def _check_declared(metadata: pq.FileMetaData, size: int, name: str) -> None:

@@ -170,6 +170,31 @@ def test_a_small_file_cannot_declare_a_large_table(monkeypatch):
         footer_of(pa.table({f"c{n}": pa.array([], pa.int8()) for n in range(20_001)}), 10**9)
 
 
+def test_a_footer_that_arrow_throws_on_is_refused(tmp_path):
+    """A required column with the histogram of an optional one, and every other footer with one number off by one: to
+    look at some of them with pyarrow's own means ends the process."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"column": pa.array([1, None, 3])}), path, compression="none")
+    whole, refused = path.read_bytes(), []
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for at in range(begin, len(whole) - 8):
+        for step in (1, 255):
+            changed = bytearray(whole)
+            changed[at] = (changed[at] + step) % 256
+            try:
+                open_parquet(pa.BufferReader(bytes(changed)), "a.parquet")
+            except (InputError, OSError, pa.ArrowException) as error:
+                refused.append(str(error))
+    assert any("histogram size mismatch" in message for message in refused)
+
+
+def test_a_column_name_that_is_no_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"column": [1]}), path)
+    with pytest.raises(InputError, match="a.parquet: the name of a column is no text in UTF-8"):
+        open_parquet(pa.BufferReader(path.read_bytes().replace(b"column", b"col\xdbmn")), "a.parquet")
+
+
 @pytest.mark.parametrize(("text", "message"), [
     (b"{", "Expecting"), (b"[1]", "dict is needed"), (b'{"a": NaN}', "NaN"), (b'{"a": Infinity}', "Infinity"),
     (b"[" * 200_000, "nested too deeply"), (b'{"a": "\xff"}', "utf-8"), (b'{"a": ' + b"9" * 5000 + b"}", "4300"),
