@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
@@ -39,6 +39,10 @@ from launch.console import say
 from launch.resources import largest_task_cpus, worker_resources
 from launch.stopping import interrupt
 
+if TYPE_CHECKING:
+    import psutil
+
+GONE_S = 10.0  # that Ray's processes have to end in, once it is shut down
 SPARE_CPUS = 2  # beside the training workers, for Ray Data and other tasks
 TOKEN = "token"
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -227,7 +231,9 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             raise
         finally:
             _OWN.clear()
+            processes = [] if folder is None else _processes_of(folder)
             ray.shutdown()
+            _end(processes)
             if folder is not None:
                 if keep_logs:
                     (folder / DRIVER).unlink(missing_ok=True)
@@ -243,6 +249,27 @@ def start_ray(config: Config) -> Iterator[Cluster]:
             else:
                 os.environ[name] = value
         _tell_ray()
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes of the local Ray that this process runs: those that name its folder, and what these have begun."""
+    import psutil
+
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                found += [process, *process.children(recursive=True)]
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Waits for processes that are about to end, and ends those that do not."""
+    import psutil
+
+    for process in psutil.wait_procs(processes, timeout=GONE_S)[1]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 @contextlib.contextmanager
