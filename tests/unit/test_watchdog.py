@@ -223,7 +223,9 @@ def test_sigterm_asks_first_and_ends_at_once_the_second_time(repository, words, 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, stopping.TERMINATED), (signal.SIGINT, 7)])
 def test_a_signal_that_a_finalizer_swallows_comes_again(repository, number, code):
-    script = ("import time\nfrom launch import stopping\n"
+    # Who starts the tests in the background of a shell has them ignore SIGINT.
+    script = ("import signal, time\nfrom launch import stopping\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
               "class Slow:\n    def __del__(self):\n        print('in', flush=True)\n        time.sleep(60)\n"
               "stopping.end_on_sigterm()\nslow = Slow()\n"
               "try:\n    del slow\n    print('out', flush=True)\n    time.sleep(60)\n"
