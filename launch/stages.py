@@ -14,6 +14,7 @@ nothing else runs.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import importlib
 import json
@@ -55,7 +56,8 @@ class Stage:
 
     Of the dict, `rows` (and `peak_mib`, if it is more than was seen here) are noted; the rest is kept with them.
     needs: the stages whose results it reads, for a config. snapshots: patterns of the folders with a manifest that it
-    publishes and that later stages read. pointers: files that say what serves, written where no gate falls short.
+    publishes and that later stages read. files: patterns of files that it writes for others and that no stage reads.
+    pointers: files that say what serves, written where no gate falls short.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Stage:
     reads: Callable[[Config], dict[str, Any]]
     on_ray: bool
     snapshots: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     pointers: tuple[str, ...] = ()
 
 
@@ -157,7 +160,7 @@ STAGES = {stage.name: stage for stage in (
           snapshots=("item_value", "evaluation/routing/*/seed=*")),
     Stage("routing", _always("ingest", "channels", "replay", "router"), "launch.stages:routing",
           ("metrics.json", "evaluation/routing/metrics.json"), _reads_routing, on_ray=True,
-          pointers=("routing/serving.json",)),
+          files=("routing/*.parquet",), pointers=("routing/serving.json",)),
     Stage("report", lambda config: tuple(sorted(judgements(set(config.stages)))), "launch.stages:report",
           ("report.html",), _reads_report, on_ray=False),
 )}
@@ -263,9 +266,16 @@ def is_done(run_dir: Path, stage: Stage, inputs: Inputs) -> bool:
 
 def _lost(run_dir: Path, stage: Stage) -> list[str]:
     """The outputs that are gone, or are not what the stage wrote, and its pointers that are damaged."""
-    written = (marker(run_dir, stage.name) or {}).get("written") or {}
-    return [*(name for name in stage.outputs if not _is_as_written(run_dir, name, written.get(name))),
+    written = (marker(run_dir, stage.name) or {}).get("written")
+    written = written if isinstance(written, dict) else {}
+    files = [name for name in written if any(_fits(name, pattern) for pattern in stage.files)]
+    return [*(name for name in (*stage.outputs, *files) if not _is_as_written(run_dir, name, written.get(name))),
             *_damaged_pointers(run_dir, stage)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a marker's name is of a stage's pattern, and so leads nowhere else."""
+    return fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
 
 
 def _damaged_pointers(run_dir: Path, stage: Stage) -> list[str]:
@@ -288,7 +298,8 @@ def _is_as_written(run_dir: Path, name: str, digest: str | None) -> bool:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def drop_damaged(run_dir: Path, to_run: list[str], inputs: dict[str, Inputs]) -> list[str]:
@@ -521,7 +532,8 @@ def _run_one(stage: Stage, config: Config, run_dir: Path, inputs: Inputs, log: E
     lost = _lost(run_dir, stage)
     if lost:
         raise WatchtowerError(f"stage {stage.name} ended, but did not write {', '.join(lost)}")
-    noted["written"] = {name: _digest(run_dir / name) for name in stage.outputs
+    files = [path.relative_to(run_dir).as_posix() for pattern in stage.files for path in sorted(run_dir.glob(pattern))]
+    noted["written"] = {name: _digest(run_dir / name) for name in (*stage.outputs, *files)
                         if name != METRICS and (run_dir / name).is_file()}
     _write_json(run_dir / "stages" / "inputs" / f"{stage.name}.json", plain(inputs.reads))
     _write_json(run_dir / "stages" / f"{stage.name}.json", noted)

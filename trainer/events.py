@@ -3,12 +3,13 @@
 Every process of a run appends to one file. A line is one JSON object, written by a single `write` to a file opened
 for appending, so that lines of several processes never mix:
 
-    {"event": "train_step", "time": 1767225600.0, "model": "dnn/seed=0", "epoch": 1, "step": 20, "loss": 4.1, ...}
+    {"event": "train_step", "time": 1767225600.0, "model": "dnn/seed=0", "step": 20, "loss": 4.1, .., "crc": "8f3a01c2"}
 
 `time` is Unix time in seconds, `node` the host that wrote, `rank` the training worker (none: the driver). A number
 that JSON cannot hold (nan, inf) is null, and its name and text stand in `not_finite`:
 {"loss": null, "not_finite": {"loss": "nan"}}. A process that dies in mid-line leaves a torn line; the next writer
-starts a new one, and readers pass over it.
+starts a new one, and readers pass over it. `crc` is the CRC-32 of the line without it, in hexadecimal: readers pass
+over a line that is not what was written, as over a torn one, and events that they hand out have no `crc`.
 
 The driver shows what workers write: `follow` reads the file as it grows.
 """
@@ -20,10 +21,12 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +37,8 @@ from configs.secrets import redact
 from embeddings.untrusted import parse_json
 
 POLL_S = 0.2
+_SEAL = b',"crc":"%08x"}'
+_SEALED = re.compile(rb',"crc":"([0-9a-f]{8})"\}\r?\n?\Z')
 _NOT_CURVES = {"time", "epoch", "epochs", "step", "steps", "seed", "rank", "worker"}
 
 
@@ -59,13 +64,19 @@ def _jsonable(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     return redact(str(value))
 
 
-def event_line(event: str, fields: Mapping[str, Any]) -> str:
+def event_line(event: str, fields: Mapping[str, Any]) -> bytes:
     """One line of events.jsonl, with its newline."""
     not_finite: dict[str, str] = {}
     record = {"event": event, "time": round(time.time(), 3), **_jsonable(fields, "", not_finite)}
     if not_finite:
         record["not_finite"] = not_finite
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return sealed(json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+                  .encode("utf-8", "replace"))
+
+
+def sealed(record: bytes) -> bytes:
+    """A JSON object, as text, with its CRC-32 as the last key and a newline behind it."""
+    return record[:-1] + _SEAL % zlib.crc32(record) + b"\n"
 
 
 class EventLog:
@@ -102,7 +113,7 @@ class EventLog:
         """
         if self._descriptor is None:
             raise WatchtowerError(f"{self.path}: the event log is closed")
-        data = event_line(event, {**fields, **self._writer}).encode("utf-8", "replace")
+        data = event_line(event, {**fields, **self._writer})
         try:
             written = os.write(self._descriptor, data)
             if written < len(data):  # a disk that fills takes a part; say so on the rest
@@ -158,15 +169,22 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 def _parse(line: bytes) -> dict[str, Any] | None:
+    seal = _SEALED.search(line)
+    if seal is None:
+        return None
+    whole = line[:seal.start()] + b"}"
+    if zlib.crc32(whole) != int(seal[1], 16):
+        return None
     try:
-        record = parse_json(line)
+        record = parse_json(whole)
     except ValueError:
         return None
     return record if isinstance(record.get("event"), str) else None
 
 
 def read_events(path: str | os.PathLike, event: str | None = None) -> Iterator[dict[str, Any]]:
-    """The events of a file in the order written, all or those of one name; torn lines are passed over."""
+    """The events of a file in the order written, all or those of one name; lines that are torn or damaged are
+    passed over."""
     path = Path(path)
     if not path.exists():
         return

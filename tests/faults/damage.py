@@ -27,13 +27,12 @@ ROUTED = ("routing", "evaluation/routing/metrics.json")
 @dataclass(frozen=True)
 class Kind:
     """A kind of file. pattern: of the files, of which a seeded one is damaged. undone: stages whose markers go, so that
-    the file is read again; removed: what of theirs goes too. unread: nobody reads it while the stages are done."""
+    the file is read again; removed: what of theirs goes too."""
 
     name: str
     pattern: str
     undone: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    unread: bool = False
 
 
 AFTER_INGEST = ("replay",)
@@ -67,7 +66,7 @@ KINDS = (
     Kind("control curve", "evaluation/dnn/seed=0/curve.json", ("evaluate",), ("metrics.json",)),
     Kind("summary of an evaluation", "evaluation/dnn/seed=0/summary.json", ("evaluate",), ("metrics.json",)),
     Kind("measures of routing", "evaluation/routing/metrics.json"),
-    Kind("picks of a selector", "routing/*.parquet", unread=True),
+    Kind("picks of a selector", "routing/*.parquet"),
     Kind("marker of a stage", "stages/*[a-z].json"),
     Kind("inputs of a stage", "stages/inputs/*.json"),
     Kind("outcome of the workers", "stages/*.outcome.json"),
@@ -129,7 +128,7 @@ def damaged(untouched: Path, kind: Kind, way: Callable, seed: int, run_dir: Path
             outcome.wrong.append(f"a traceback: {said[-700:]}")
         elif code == 0:
             outcome.where.append("made anew" if path.exists() and path.read_bytes() != left else "kept")
-            outcome.wrong += _differences(reference, run_dir, path, kind)
+            outcome.wrong += _differences(reference, run_dir, kind)
         elif code in (1, 2) and path.name in said:
             told = next(line for line in said.splitlines() if path.name in line)
             outcome.where.append(f"exit {code}: {told.replace(str(run_dir), '')[:160]}")
@@ -143,13 +142,11 @@ def damaged(untouched: Path, kind: Kind, way: Callable, seed: int, run_dir: Path
     return outcome
 
 
-def _differences(reference: Results, run_dir: Path, path: Path, kind: Kind) -> list[str]:
+def _differences(reference: Results, run_dir: Path, kind: Kind) -> list[str]:
     try:
         results = Results(run_dir)
         if kind.pattern == "events.jsonl":  # the log itself: what is lost of it stays lost, and nothing else may be
             results.losses, results.wrong = reference.losses, []
-        found = reference.differences(results)
+        return reference.differences(results)
     except (OSError, json.JSONDecodeError) as error:
         return [f"exit code 0, but {error}"]
-    own = str(path.relative_to(run_dir))
-    return [line for line in found if not (kind.unread and line.startswith(own))]

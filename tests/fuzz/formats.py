@@ -36,7 +36,7 @@ from launch.train import _told
 from trainer import catalogue, item_statistics, kuairand_csv, logs
 from trainer.checkpoint import PENDING, checkpoints, read_pending, read_state
 from trainer.engine import EngineSpec, load_dense_parameters, write_dense
-from trainer.events import read_events
+from trainer.events import read_events, sealed
 from trainer.item_statistics import ItemStatistics
 from trainer.item_value import FOLDER as ITEM_VALUE
 from trainer.item_value import MODEL, ItemValue, load_item_value
@@ -489,12 +489,16 @@ def read_override(folder: Path) -> str:
 
 def make_events(folder: Path) -> None:
     event = {"event": "train_step", "time": 1.0, "step": 3, "loss": 4.1}
-    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (folder / "events.jsonl").write_bytes(sealed(json.dumps(event).encode()))
     (folder / "run.lock").write_text(json.dumps({"pid": 1, "host": "somewhere", "started": "5", "since": "today"}))
 
 
 def read_all_events(folder: Path) -> str:
-    return f"{sum(1 for _ in read_events(folder / 'events.jsonl'))} events"
+    read = sum(1 for _ in read_events(folder / "events.jsonl"))
+    lines = [line.split(b',"crc":')[0] + b"}" for line in (folder / "events.jsonl").read_bytes().split(b"\n")]
+    resealed = folder / "resealed.jsonl"  # by whoever hands over a folder
+    resealed.write_bytes(b"".join(map(sealed, lines)))
+    return f"{read} events, {sum(1 for _ in read_events(resealed))} resealed"
 
 
 def read_lock(folder: Path) -> str:

@@ -57,6 +57,23 @@ def test_a_torn_line_is_passed_over(path):
     assert list(read_events(path.with_name("nothing.jsonl"))) == []
 
 
+def test_a_damaged_line_is_passed_over(path):
+    with EventLog(path) as log:
+        log.write("a", text="\u00e4\ud800")  # a lone surrogate, as in a file name that is no UTF-8
+        log.write("b", loss=4.5)
+        log.write("c")
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    assert [sorted(event) for event in read_events(path)] == [
+        sorted({"event", "time", "node", *more}) for more in (["text"], ["loss"], [])]
+    for at in range(len(second)):
+        for bit in range(8):
+            changed = bytearray(second)
+            changed[at] ^= 1 << bit
+            path.write_bytes(first + changed + third)
+            # A line feed that is lost takes the next line with it; one that is made, nothing more.
+            assert [e["event"] for e in read_events(path)] == ["a"] + ["c"] * (at < len(second) - 1), (at, bit)
+
+
 def test_a_full_disk_is_said(path, monkeypatch):
     log = EventLog(path)
 

@@ -19,6 +19,7 @@ import pytest
 from configs.errors import WatchtowerError
 from configs.schema import Config
 from trainer.charts import round_ticks
+from trainer.events import sealed
 from trainer.metrics import retrieval_metrics
 from trainer.report import results_table, training_curves, write_report
 from trainer.results import (
@@ -112,7 +113,11 @@ def write_events(path, rng):
             lines += [{"event": "epoch", "model": name, "epoch": epoch, "step": epoch * 500,
                        "validation_recall@100": 0.3 + 0.03 * math.log(epoch) + 0.01 * place + 0.004 * seed}
                       for epoch in range(1, 5)]
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "train_st')
+    path.write_bytes(b"".join(map(line_of, lines)) + b'{"event": "train_st')
+
+
+def line_of(event):
+    return sealed(json.dumps(event).encode())
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +346,7 @@ def test_a_run_that_only_trained_has_its_curves(tmp_path):
 
 def test_repeated_steps_of_a_continued_run_count_once(tmp_path):
     told = [(0, 5.0), (10, 4.0), (20, 3.0), (10, 4.5), (20, None), (30, 2.0)]
-    (tmp_path / "events.jsonl").write_text("\n".join(json.dumps(
+    (tmp_path / "events.jsonl").write_bytes(b"".join(line_of(
         {"event": "train_step", "model": "dnn/seed=0", "step": step, "loss": loss}) for step, loss in told))
     assert training_curves(tmp_path / "events.jsonl")["loss"] == {"dnn": {"0": [(0, 5.0), (10, 4.5), (30, 2.0)]}}
 

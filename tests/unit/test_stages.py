@@ -31,7 +31,8 @@ from trainer.results import write_pointer
 WRITES = {"ingest": ["sequences/manifest.json"], "crm": ["indexes/serving.json"], "evaluate": ["metrics.json"],
           "channels": ["channels/swing/1/manifest.json"], "replay": ["labels/manifest.json"],
           "router": ["evaluation/routing/capts/seed=0/scores.parquet"],
-          "routing": ["metrics.json", "evaluation/routing/metrics.json"], "report": ["report.html"]}
+          "routing": ["metrics.json", "evaluation/routing/metrics.json", "routing/capts.parquet"],
+          "report": ["report.html"]}
 METRICS = {"crm": {"dnn": {"oracle": {"recall@100": {"mean": 0.4}}}}}
 
 
@@ -54,7 +55,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(stages, f"stand_in_{name}", stand_in(name), raising=False)
         monkeypatch.setitem(stages.STAGES, name, stages.Stage(
             name, stage.needs, f"launch.stages:stand_in_{name}", stage.outputs, stage.reads, on_ray=False,
-            pointers=stage.pointers))
+            files=stage.files, pointers=stage.pointers))
     monkeypatch.setattr(stages, "write_synthetic_world", lambda config, run_dir, check: None)
     monkeypatch.setattr(stages, "show_results", lambda run_dir: None)
     run_dir = tmp_path / "run"
@@ -337,6 +338,18 @@ def test_an_output_that_was_changed_is_written_again(folder):
     assert folder() == ["routing", "report"]
     (folder.path / "report.html").write_text("half of")
     assert folder() == ["report"]
+    picks = folder.path / "routing" / "capts.parquet"
+    for harm in (lambda: picks.write_text("flipped"), picks.unlink):
+        harm()
+        assert folder() == ["routing", "report"]
+
+
+@pytest.mark.parametrize("written", [["a"], "routing/capts.parquet", {"../a": "0", "routing/../../x.parquet": "0"}])
+def test_a_marker_that_says_anything_leads_nowhere(folder, written):
+    folder()
+    path = folder.path / "stages" / "routing.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"written": written}))
+    assert folder() == []
 
 
 def test_a_damaged_snapshot_that_is_about_to_be_read_is_made_anew(folder, monkeypatch, capsys):
