@@ -649,6 +649,17 @@ class MlflowConfig(Section):
         return value
 
 
+class StorageConfig(Section):
+    """A run folder behind a URL (docs/cluster.md, Storage). None of it can change a result."""
+
+    work_dir: Text | None = Field(
+        None, description="folder that a run whose run_dir is a URL works in; with several machines one they share; "
+                          "null: one in the user's cache (XDG_CACHE_HOME, ~/.cache)")
+    every_s: Annotated[float, Field(gt=0, le=600)] = Field(
+        5.0, description="seconds between two looks for what was published and is carried to the URL")
+    attempts: Positive = Field(6, description="tries of an operation on the store, each after a longer wait")
+
+
 class ObserveConfig(Section):
     """Seeing a run from outside (docs/observing.md). It cannot change a result, and no stage is done again for it."""
 
@@ -673,7 +684,7 @@ StageName = Literal["ingest", "crm", "channels", "replay", "router", "evaluate",
 
 class Config(Section):
     name: str = Field("watchtower", description="name of the run, in reports")
-    run_dir: Text = Field("runs/watchtower", description="the run folder")
+    run_dir: Text = Field("runs/watchtower", description="the run folder: a path, or a URL of s3://, gs:// or hdfs://")
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, description="seeds each model is trained with")
     stages: list[StageName] = Field(
         default_factory=lambda: list(get_args(StageName)), min_length=1,
@@ -690,6 +701,7 @@ class Config(Section):
     routing: RoutingConfig = Field(default_factory=RoutingConfig, description="routing and its judgement")
     gates: GatesConfig = Field(default_factory=GatesConfig, description="quality gates")
     ray: RayConfig = Field(default_factory=RayConfig, description="the cluster")
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="a run folder behind a URL")
     observe: ObserveConfig = Field(default_factory=ObserveConfig, description="metrics for Prometheus and MLflow")
 
     @model_validator(mode="after")

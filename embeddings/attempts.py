@@ -195,6 +195,19 @@ def begin_group(driver: Attempt, work: str) -> Attempt:
     return attempt
 
 
+def cut_off(run_dir: Path, by: str) -> None:
+    """Nobody who acts for an attempt at this folder may publish any more: somebody else has taken the run over in
+    another place.
+
+    Args:
+        by: who, in words; stands in the record as its host.
+    """
+    (Path(run_dir) / FOLDER).mkdir(exist_ok=True)
+    with _locked(run_dir, fcntl.LOCK_EX):
+        number = max([read_record(run_dir).get("last") or 0, *_numbers(run_dir)]) + 1
+        _write_record(run_dir, {"last": number, "driver": number, "group": None, "work": None}, host=by)
+
+
 def end_groups(driver: Attempt) -> None:
     """No group of this driver may publish any more. A driver that was cut off changes nothing."""
     with contextlib.suppress(Superseded), _locked(driver.run_dir, fcntl.LOCK_EX):
@@ -208,9 +221,10 @@ def _numbers(run_dir: Path) -> list[int]:
     return [int(path.name) for path in (run_dir / FOLDER).iterdir() if path.name.isdecimal()]
 
 
-def _write_record(run_dir: Path, record: dict[str, Any]) -> None:
+def _write_record(run_dir: Path, record: dict[str, Any], host: str | None = None) -> None:
     path = run_dir / FOLDER / "record.json"
-    record = record | {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    record = record | {"host": host or socket.gethostname(), "pid": os.getpid(),
+                       "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_note(path, record)
 
 

@@ -210,10 +210,10 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         else:
-            from configs.loader import load
+            from launch.remote import load_config, working_folder
 
-            config = load(arguments.config, arguments.overrides)
-            run_dir = config.run_dir
+            config = load_config(arguments.config, arguments.overrides)
+            run_dir = str(working_folder(config))
             _run(config, getattr(arguments, "stage", None))
         sys.stdout.flush()
         return 0

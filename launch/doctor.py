@@ -358,7 +358,7 @@ def check_lock(run_dir: str) -> Iterator[Finding]:
     """Whether another process writes the run folder."""
     from launch.run_folder import living_holder
 
-    holder = None if "://" in run_dir else living_holder(Path(run_dir).expanduser())
+    holder = living_holder(Path(run_dir).expanduser())
     if holder is None:
         yield Finding("run folder", "ok", f"{run_dir}: nobody writes there")
     else:
@@ -543,7 +543,11 @@ def findings(config: Config, *, deep: bool) -> Iterator[Finding]:
         yield from check_loopback()
         yield from check_resources(config)
     yield from check_writable(config.run_dir, "run_dir")
-    yield from check_lock(config.run_dir)
+    from launch.remote import is_url, working_folder
+
+    if is_url(config.run_dir):
+        yield from check_writable(str(working_folder(config)), "storage.work_dir")
+    yield from check_lock(str(working_folder(config)))
     if config.data.logs is None and config.data.synth is None:
         yield Finding("data.logs", "error", "no logs are named, and no synthetic world", "data.logs=FILE_OR_FOLDER")
     from trainer.logs import list_files
@@ -589,10 +593,10 @@ def _first_line(error: BaseException) -> str:
 
 def run(arguments: Any) -> int:
     """The command line's `doctor`; the exit code, 1 where a run would fail."""
-    from configs.loader import load
     from configs.schema import Config
+    from launch.remote import load_config
 
-    config = Config() if arguments.config is None else load(arguments.config, arguments.overrides)
+    config = Config() if arguments.config is None else load_config(arguments.config, arguments.overrides)
     found = []
     for finding in findings(config, deep=arguments.deep):
         found.append(finding)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from configs.errors import InputError, QualityGateError
-from configs.loader import load
 from configs.schema import Config, ModelConfig, RouterModelConfig
 from embeddings.index_size import index_bytes, lives_on_gpu
 from embeddings.plan import PlacedTable, place_tables
 from launch.plan_picture import picture
+from launch.remote import load_config, working_folder
 from trainer.catalogue import DURATION_BUCKETS
 from trainer.crm import FeatureSizes, table_specs
 from trainer.loop import precision, zero_stage
@@ -55,7 +55,8 @@ class Asked:
 
     def load(self) -> Config:
         """The config as a training on these devices would have it."""
-        return load(self.config, [*self.overrides, f"train.workers={self.devices}", f"train.device={self.device.kind}"])
+        return load_config(self.config, [*self.overrides, f"train.workers={self.devices}",
+                                         f"train.device={self.device.kind}"])
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def table_sizes(config: Config, asked: Asked) -> Sizes:
 
 
 def _of_run_folder(config: Config) -> Sizes | None:
-    folder = Path(config.run_dir).expanduser() / "sequences"
+    folder = working_folder(config) / "sequences"
     if not (folder / "manifest.json").exists():
         return None
     store = SequenceStore(folder)

@@ -36,8 +36,6 @@ def make_run_folder(run_dir: str) -> Path:
     Raises:
         InputError: it cannot be made, or cannot be written to.
     """
-    if "://" in run_dir:
-        raise InputError(f"run_dir: {run_dir} is no folder of this machine; name a local or a shared one")
     folder = Path(run_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from embeddings.snapshots import MANIFEST, remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
 from launch.observe import observed
+from launch.remote import worked_in, working_folder
 from launch.resources import waiting_for_room
 from launch.run_folder import locked, make_run_folder, sweep
 from launch.stopping import TERMINATED, interrupt, is_asked, telling_why
@@ -375,7 +376,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
     """Run the stages that the config (or `only`) asks for, show what they say, and judge the quality gates.
 
     Returns:
-        The run folder.
+        The run folder; where run_dir is a URL, the folder that was worked in.
 
     Raises:
         InputError: the config asks for what is not there.
@@ -389,8 +390,8 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         wanted |= judgements(wanted)  # towers are judged as they are trained; this adds only what was asked for since
     asked = [name for name in STAGES if name in wanted]
     require_logs(config)
-    run_dir = make_run_folder(config.run_dir)
-    with _no_empty_folder(run_dir), locked(run_dir):
+    given, run_dir = config, make_run_folder(str(working_folder(config)))
+    with _no_empty_folder(run_dir), locked(run_dir), worked_in(config, run_dir, say) as config:
         sweep(run_dir)
         inputs = stage_inputs(config, run_dir)
         to_run = stages_to_run(run_dir, asked, inputs)
@@ -401,7 +402,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
         for name in asked:
             if name not in to_run:
                 say(f"{name}: already done for the same inputs")
-        save_resolved(config, run_dir / "config.yaml")
+        save_resolved(given, run_dir / "config.yaml")
         if to_run:
             with _attempt(config, run_dir):
                 _run_stages(with_world(config, run_dir), run_dir, to_run, inputs)

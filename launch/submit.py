@@ -81,11 +81,12 @@ def add_commands(commands: Any, takes_config: Callable[[argparse.ArgumentParser]
 def act(arguments: argparse.Namespace) -> int:
     """Do one of the four commands; its exit code."""
     if arguments.command == "submit":
-        from configs.loader import load, require_logs
+        from configs.loader import require_logs
         from launch.doctor import before_submit
+        from launch.remote import load_config
 
         before_submit()
-        config = load(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides)
         require_logs(config)
         check_places(config)
         return submit(config, arguments)
@@ -110,14 +111,13 @@ def check_places(config: Config) -> None:
     named = {"run_dir": config.run_dir, "data.logs": config.data.logs, "data.items": config.data.items,
              "data.users": config.data.users,
              "split.test_users": config.split.test_users if isinstance(config.split.test_users, str) else None}
+    if "://" in config.run_dir:
+        named["storage.work_dir"] = config.storage.work_dir
     wrong = []
     for key, place in named.items():
-        is_url, may_be_url = "://" in (place or ""), key != "run_dir"  # a run folder is one that all machines share
-        if place is None or Path(place).is_absolute() or (is_url and may_be_url):
-            continue
-        where = "a URL" if is_url else "relative to this folder, which the cluster does not have"
-        wrong.append(f"{key}: {place} is {where}; give a whole path that all its machines share"
-                     f"{', or a URL' if may_be_url else ''}")
+        if place is not None and not Path(place).is_absolute() and "://" not in place:
+            wrong.append(f"{key}: {place} is relative to this folder, which the cluster does not have; give a whole "
+                         f"path that all its machines share{'' if key == 'storage.work_dir' else ', or a URL'}")
     if wrong:
         raise InputError("\n".join(wrong))
 

@@ -23,6 +23,9 @@ def test_places_that_only_this_folder_knows(smoke):
         check_places(load(smoke, ["data.logs=logs", "data.items=s3://bucket/items"]))
     assert [line.split(":")[0] for line in str(told.value).splitlines()] == ["run_dir", "data.logs"]
     check_places(load(smoke, ["run_dir=/shared/run", "data.logs=/shared/logs"]))
+    check_places(load(smoke, ["run_dir=s3://bucket/run", "storage.work_dir=/shared/work"]))
+    with pytest.raises(InputError, match="storage.work_dir: work is relative"):
+        check_places(load(smoke, ["run_dir=s3://bucket/run", "storage.work_dir=work"]))
 
 
 def test_variables():
