@@ -33,6 +33,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,8 +53,8 @@ ROW_GROUP = 131_072
 LISTS = {"reward": pa.float64(), "intensity": pa.float32(), "label": pa.bool_(), "uniqueness": pa.float32()}
 PLAIN = {"request_id": pa.int64(), "user_id": pa.int64(), "request_time_ms": pa.int64(), "trigger_item_id": pa.int64(),
          "position": pa.int32()}
-# A dictionary of forward values costs more than it saves.
-WRITTEN = {"compression": "lz4", "use_dictionary": list(PLAIN), "write_statistics": list(PLAIN)}
+# A dictionary costs more than it saves: a column repeats itself from row to row, which LZ4 sees by itself.
+WRITTEN = {"compression": "lz4", "use_dictionary": False, "write_statistics": list(PLAIN)}
 TRIGGERS_AT_ONCE = 500_000  # of a shard: about 100 bytes each in memory
 MOST_BINS = 1 << 22  # of a count by value; more are sorted
 
@@ -157,14 +158,23 @@ class LabelCounts:
     @classmethod
     def of(cls, requests: TriggerRequests, reward_ms_WTC: np.ndarray, unique_TC: np.ndarray, length_TC: np.ndarray
            ) -> LabelCounts:
-        high = [[_counts(reward_TC[:, c][reward_TC[:, c] > 0] >> LOW_BITS) for c in range(reward_TC.shape[1])]
-                for reward_TC in reward_ms_WTC]
-        lists, wide = [], int(length_TC.max(initial=0)) + 1
-        for unique_T, length_T in zip(unique_TC.T.astype(np.int64), length_TC.T, strict=True):
-            pairs = _counts((unique_T * wide + length_T)[length_T > 0])
-            lists.append({divmod(pair, wide): count for pair, count in pairs.items()})
-        return cls(len(requests), len(requests.trigger_row_T), (reward_ms_WTC > 0).sum(axis=1).tolist(),
-                   reward_ms_WTC.sum(axis=1).tolist(), high, lists)
+        windows, _, channels = reward_ms_WTC.shape
+        bins, wide = (int(reward_ms_WTC.max(initial=0)) >> LOW_BITS) + 1, int(length_TC.max(initial=0)) + 1
+        if max(bins * channels, wide * wide * channels) > MOST_BINS:
+            high = [[_counts(reward_TC[:, c][reward_TC[:, c] > 0] >> LOW_BITS) for c in range(channels)]
+                    for reward_TC in reward_ms_WTC]
+            pairs = [_counts((unique_T * wide + length_T)[length_T > 0])
+                     for unique_T, length_T in zip(unique_TC.T.astype(np.int64), length_TC.T, strict=True)]
+            positive_WC, sum_WC = (reward_ms_WTC > 0).sum(axis=1), reward_ms_WTC.sum(axis=1)
+        else:
+            positive_WC, sum_WC = np.zeros((windows, channels), np.int64), np.zeros((windows, channels), np.int64)
+            high_WCB = np.zeros((windows, channels, bins), np.int64)
+            pair_CP = np.zeros((channels, wide * wide), np.int64)
+            _tally(reward_ms_WTC, unique_TC, length_TC, wide, positive_WC, sum_WC, high_WCB, pair_CP)
+            high = [[_found(count_B) for count_B in high_CB] for high_CB in high_WCB]
+            pairs = [_found(count_P) for count_P in pair_CP]
+        lists = [{divmod(pair, wide): count for pair, count in found.items()} for found in pairs]
+        return cls(len(requests), len(requests.trigger_row_T), positive_WC.tolist(), sum_WC.tolist(), high, lists)
 
     def add(self, other: LabelCounts) -> None:
         self.requests += other.requests
@@ -190,12 +200,34 @@ class LabelCounts:
 def _counts(values: np.ndarray) -> dict[int, int]:
     """How often each value, at least 0, is there."""
     if values.max(initial=0) < MOST_BINS:
-        count = np.bincount(values)
-        found = np.flatnonzero(count)
-        count = count[found]
-    else:
-        found, count = np.unique(values, return_counts=True)
+        return _found(np.bincount(values))
+    found, count = np.unique(values, return_counts=True)
     return dict(zip(found.tolist(), count.tolist(), strict=True))
+
+
+def _found(count_B: np.ndarray) -> dict[int, int]:
+    """The counts that are not 0, by their place."""
+    found = np.flatnonzero(count_B)
+    return dict(zip(found.tolist(), count_B[found].tolist(), strict=True))
+
+
+@numba.njit(cache=True, nogil=True)
+def _tally(reward_ms_WTC, unique_TC, length_TC, wide, positive_WC, sum_WC, high_WCB, pair_CP
+           ):  # pragma: no cover - compiled
+    """LabelCounts of some triggers, added to what is there. pair_CP: at |U| x wide + |R|."""
+    windows, triggers, channels = reward_ms_WTC.shape
+    for window in range(windows):
+        for t in range(triggers):
+            for c in range(channels):
+                reward_ms = reward_ms_WTC[window, t, c]
+                if reward_ms > 0:
+                    positive_WC[window, c] += 1
+                    sum_WC[window, c] += reward_ms
+                    high_WCB[window, c, reward_ms >> LOW_BITS] += 1
+    for t in range(len(length_TC)):
+        for c in range(channels):
+            if length_TC[t, c] > 0:
+                pair_CP[c, unique_TC[t, c] * wide + length_TC[t, c]] += 1
 
 
 def merged_counts(folder: Path, shards: int, windows: int, channels: int) -> LabelCounts:
@@ -314,9 +346,8 @@ def write_part(number: int, folder: Path, into: Path, windows: Sequence[int], sc
         def write(path: Path, at: int = at, scale: Scales = scale, positive_C: np.ndarray = positive_C) -> None:
             with pq.ParquetWriter(path, _schema(len(scale.cap)), **WRITTEN) as writer:
                 for part in replayed(folder, number):
-                    table = _labelled(part, at, scale)
-                    positive_C += table["label"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(
-                        -1, len(scale.cap)).sum(axis=0)
+                    table, label_TC = _labelled(part, at, scale)
+                    positive_C += np.count_nonzero(label_TC, axis=0)
                     writer.write_table(table, ROW_GROUP)
 
         whole_file(place / f"part-{number:05d}.parquet", write)
@@ -324,26 +355,34 @@ def write_part(number: int, folder: Path, into: Path, windows: Sequence[int], sc
     whole_file(folder / f"positive-{number:05d}.json", lambda path: path.write_text(json.dumps(positive_WC)))
 
 
-def _labelled(part: Replayed, window: int, scale: Scales) -> pa.Table:
-    """The rows of a part for one of the windows."""
+def _labelled(part: Replayed, window: int, scale: Scales) -> tuple[pa.Table, np.ndarray]:
+    """The rows of a part for one of the windows; and their labels, bool (T, C)."""
     reward_ms_TC = part.reward_ms_WTC[window].astype(np.int64)
     plain = [*(np.repeat(values_R, part.triggers_R) for values_R in (part.request_id_R, part.user_id_R,
                                                                      part.time_ms_R)),
              part.item_id_T, part.position_T]
-    lists = [reward_ms_TC / 1000, scale.intensity(reward_ms_TC), scale.label(reward_ms_TC),
+    label_TC = scale.label(reward_ms_TC)
+    lists = [reward_ms_TC / 1000, scale.intensity(reward_ms_TC), label_TC,
              unique_share(part.unique_TC, part.length_TC)]
-    return pa.table([*(pa.array(values, kind) for values, kind in zip(plain, PLAIN.values(), strict=True)),
-                     *(_fixed(values, kind) for values, kind in zip(lists, LISTS.values(), strict=True))],
-                    schema=_schema(len(scale.cap)))
+    table = pa.table([*(pa.array(values, kind) for values, kind in zip(plain, PLAIN.values(), strict=True)),
+                      *(_fixed(values, kind) for values, kind in zip(lists, LISTS.values(), strict=True))],
+                     schema=_schema(len(scale.cap)))
+    return table, label_TC
 
 
 def _schema(channels: int) -> pa.Schema:
-    return pa.schema([*PLAIN.items(), *((name, pa.list_(kind, channels)) for name, kind in LISTS.items())])
+    """Nothing is null, and Parquet, which is told so, has a fifth less to write."""
+    return pa.schema([*(pa.field(name, kind, nullable=False) for name, kind in PLAIN.items()),
+                      *(pa.field(name, _list_of(kind, channels), nullable=False) for name, kind in LISTS.items())])
+
+
+def _list_of(kind: pa.DataType, channels: int) -> pa.DataType:
+    return pa.list_(pa.field("element", kind, nullable=False), channels)
 
 
 def _fixed(values_TC: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values_TC).ravel(), kind),
-                                             values_TC.shape[1])
+                                             type=_list_of(kind, values_TC.shape[1]))
 
 
 def labels_manifest(config: Config, counts: LabelCounts, scales: Sequence[Scales], channels: Sequence[str],

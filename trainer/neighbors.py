@@ -12,7 +12,7 @@ Shape suffixes: N = vocabulary rows with the unknown row 0, L = neighbours of al
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from trainer.vocabulary import Vocabulary
 NEIGHBORS = "neighbors.parquet"
 NONE = -1  # number of a snapshot where a request comes before the first
 MINUTE_MS = 60_000
+STATES_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class ChannelSnapshots:
                                  "watchtower channels first")
         self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
         self._loading = threading.Lock()  # threads that want the same lists wait for the one that reads them
+        self._made: dict[tuple[int, ...], Any] = {}
+        self._making = threading.Lock()
 
     def numbers_at(self, time_ms_R: np.ndarray) -> np.ndarray:
         """int32 (R, C): the number of the snapshot that each request sees of each channel; NONE before the first.
@@ -220,6 +223,16 @@ class ChannelSnapshots:
             return NeighborLists.empty(self._vocabulary.rows)
         with self._loading:
             return self._load(channel, number)
+
+    def kept(self, state_C: np.ndarray, make: Callable[[], Any]) -> Any:
+        """What `make` finds out of the lists of a state, always the same thing; the last few states' are kept."""
+        key = tuple(int(number) for number in state_C)
+        with self._making:
+            if key not in self._made:
+                if len(self._made) == STATES_KEPT:
+                    del self._made[next(iter(self._made))]
+                self._made[key] = make()
+            return self._made[key]
 
     def watermark_ms(self, channel: int, number: int) -> int | None:
         return None if number == NONE else self.snapshots[channel][number].watermark_ms

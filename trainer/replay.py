@@ -36,6 +36,7 @@ from trainer.sequences import SequenceShard
 from trainer.triggers import TriggerRequests
 
 EPSILON = 1e-6  # eps of Eq. 11
+MOST_KEPT = 1 << 25  # items x channels whose uniqueness is found for all of them and kept: 128 MiB
 ROWS_AT_ONCE = 16_384  # items whose lists of all channels are compared at once
 
 
@@ -124,32 +125,35 @@ def rewards_ms(shard: SequenceShard, requests: TriggerRequests, is_future_E: np.
     views = counted_views(shard, is_future_E, null_watch_s)
     ranges = [future_range(views, requests, window) for window in windows]
     low_RK, high_RK = (np.stack(side, axis=1) for side in zip(*ranges, strict=True))
-    sum_KTC, _ = replay(views, requests, low_RK, high_RK, snapshots, states=states)
+    sum_KTC, _ = replay(views, requests, low_RK, high_RK, snapshots, states=states, is_counted=False)
     return sum_KTC
 
 
 def replay(views: CountedViews, requests: TriggerRequests, low_RK: np.ndarray, high_RK: np.ndarray,
-           snapshots: ChannelSnapshots, states: Sequence[State] | None = None) -> tuple[np.ndarray, np.ndarray]:
+           snapshots: ChannelSnapshots, states: Sequence[State] | None = None, is_counted: bool = True
+           ) -> tuple[np.ndarray, np.ndarray]:
     """What each trigger's list, as its request sees it, holds of ranges of the user's views.
 
     Args:
         low_RK, high_RK: int64 (R, K), views low to high of CountedViews; empty where high <= low.
         states: of `states_of` the same requests, where they are there already.
+        is_counted: whether the numbers are wanted, too; else they are (0, T, C).
 
     Returns:
         The watch time int64 (K, T, C), ms, and the number int32 (K, T, C) of the views whose item is in the list.
     """
     shape_KTC = (low_RK.shape[1], len(requests.trigger_row_T), len(snapshots.names))
-    sum_KTC, count_KTC = np.zeros(shape_KTC, np.int64), np.zeros(shape_KTC, np.int32)
+    sum_KTC, count_KTC = np.zeros(shape_KTC, np.int64), np.zeros((is_counted * shape_KTC[0], *shape_KTC[1:]), np.int32)
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
         low_U, high_U = groups.bounds(low_RK, high_RK)
-        for channel, number in enumerate(state_C):
-            lists = snapshots.lists(channel, int(number))
-            if len(lists.neighbor_L):
-                _sum_ranges(views.row_V, views.watch_ms_V, low_RK, high_RK, low_U, high_U, groups.request_T,
-                            groups.at_T, groups.begin_G1, groups.row_G, groups.first_U1, lists.offset_N1,
-                            lists.neighbor_L, int(lists.length_N.max()), sum_KTC[:, :, channel],
-                            count_KTC[:, :, channel])
+        found = [_find(views.row_V, views.watch_ms_V, low_U, high_U, groups.row_G, groups.first_U1, lists.offset_N1,
+                       lists.neighbor_L, int(lists.length_N.max(initial=0)))
+                 for lists in (snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C))]
+        begin_C = np.cumsum([0, *(len(view_H) for _, view_H, _ in found[:-1])])
+        begin_G1C = np.stack([begin_G1 for begin_G1, _, _ in found], axis=1) + begin_C
+        _answer(low_RK, high_RK, low_U, groups.request_T, groups.at_T, groups.begin_G1, groups.first_U1, begin_G1C,
+                np.concatenate([view_H for _, view_H, _ in found]),
+                np.concatenate([before_H1 for _, _, before_H1 in found]), sum_KTC, count_KTC)
     return sum_KTC, count_KTC
 
 
@@ -202,10 +206,15 @@ def unique_counts(requests: TriggerRequests, snapshots: ChannelSnapshots, states
     shape_TC = (len(requests.trigger_row_T), len(snapshots.names))
     unique_TC, length_TC = np.zeros(shape_TC, np.int32), np.zeros(shape_TC, np.int32)
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
-        row_X, place_G = np.unique(groups.row_G, return_inverse=True)
         lists = [snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C)]
-        length_XC = np.stack([one.length_N[row_X] for one in lists], axis=1).astype(np.int32)
-        _spread(groups.at_T, groups.begin_G1, place_G, unique_of(row_X, lists), length_XC, unique_TC, length_TC)
+        items = len(lists[0].length_N)
+        if items * len(lists) <= MOST_KEPT:  # requests of all users ask for the same items
+            unique_XC = snapshots.kept(state_C, lambda lists=lists, items=items: unique_of(np.arange(items), lists))
+            place_G, length_XC = groups.row_G, np.stack([one.length_N for one in lists], axis=1)
+        else:
+            row_X, place_G = np.unique(groups.row_G, return_inverse=True)
+            unique_XC, length_XC = unique_of(row_X, lists), np.stack([one.length_N[row_X] for one in lists], axis=1)
+        _spread(groups.at_T, groups.begin_G1, place_G, unique_XC, length_XC.astype(np.int32), unique_TC, length_TC)
     return unique_TC, length_TC
 
 
@@ -404,7 +413,7 @@ def _look_up_table(row_V, low, high, key_S, head_S, next_V):  # pragma: no cover
 
 @numba.njit(cache=True, nogil=True)
 def _scratch(low_U, high_U, longest_list):  # pragma: no cover - compiled
-    """Arrays for the user of most views: key_S, head_S, next_V, found_V, before_V1; and for a list: taken_L."""
+    """Arrays for the user of most views: key_S, head_S, next_V, found_V; and for a list: taken_L."""
     longest = 0
     for user in range(len(low_U)):
         longest = max(longest, high_U[user] - low_U[user])
@@ -412,7 +421,7 @@ def _scratch(low_U, high_U, longest_list):  # pragma: no cover - compiled
     while slots < 8 * longest:
         slots *= 2
     return (np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(longest, np.int32),
-            np.zeros(longest, np.int64), np.zeros(longest + 1, np.int64), np.zeros(longest_list + 1, np.int32))
+            np.zeros(longest, np.int64), np.zeros(longest_list + 1, np.int32))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -427,70 +436,109 @@ def _taken_slots(key_S, mask, neighbor_L, begin, end, taken_L):  # pragma: no co
 
 
 @numba.njit(cache=True, nogil=True)
-def _sort(values, count):  # pragma: no cover - compiled
-    """Sort the first values in place; there are hardly ever more than a few."""
-    if count > 32:
-        values[:count].sort()
+def _sort(values, begin, end):  # pragma: no cover - compiled
+    """Sort values begin to end in place; there are hardly ever more than a few."""
+    if end - begin > 32:
+        values[begin:end].sort()
         return
-    for k in range(1, count):
+    for k in range(begin + 1, end):
         value, at = values[k], k
-        while at > 0 and values[at - 1] > value:
+        while at > begin and values[at - 1] > value:
             values[at] = values[at - 1]
             at -= 1
         values[at] = value
 
 
 @numba.njit(cache=True, nogil=True)
-def _first_from(values, count, bound):  # pragma: no cover - compiled
-    """How many of the first, sorted values lie below the bound."""
-    if count > 16:
-        return np.searchsorted(values[:count], bound)
-    at = 0
-    while at < count and values[at] < bound:
-        at += 1
-    return at
+def _first_from(values, begin, end, bound):  # pragma: no cover - compiled
+    """The first place, begin to end, of the sorted values whose value is not below the bound."""
+    while end - begin > 8:
+        middle = (begin + end) >> 1
+        if values[middle] < bound:
+            begin = middle + 1
+        else:
+            end = middle
+    while begin < end and values[begin] < bound:
+        begin += 1
+    return begin
 
 
 @numba.njit(cache=True, nogil=True)
-def _sum_ranges(row_V, watch_ms_V, low_RK, high_RK, low_U, high_U, request_T, at_T, begin_G1, row_G, first_U1,
-                offset_N1, neighbor_L, longest_list, sum_KT, count_KT):  # pragma: no cover - compiled
-    key_S, head_S, next_V, found_V, before_V1, taken_L = _scratch(low_U, high_U, longest_list)
+def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor_L, longest_list
+          ):  # pragma: no cover - compiled
+    """The views of its user that the list of each group holds, in time order, and the watch time before each of all.
+
+    Returns:
+        begin_G1: int64, where each group begins in view_H. view_H: int32 views, counted from the user's lowest one.
+        before_H1: int64, ms.
+    """
+    key_S, head_S, next_V, _, taken_L = _scratch(low_U, high_U, longest_list)
+    begin_G1 = np.zeros(len(row_G) + 1, np.int64)
+    view_H, before_H1 = np.zeros(2 * len(row_G), np.int32), np.zeros(2 * len(row_G) + 1, np.int64)
+    held = 0
     for user in range(len(first_U1) - 1):
         low, high = low_U[user], high_U[user]
         if high <= low:
+            begin_G1[first_U1[user] + 1:first_U1[user + 1] + 1] = held
             continue
         mask = _look_up_table(row_V, low, high, key_S, head_S, next_V)
         for group in range(first_U1[user], first_U1[user + 1]):
-            begin, found = offset_N1[row_G[group]], 0
+            if held + high - low > len(view_H):  # an item stands in a list once, so a view is found once at most
+                room = 2 * held + high - low
+                more_H, more_H1 = np.zeros(room, np.int32), np.zeros(room + 1, np.int64)
+                more_H[:held], more_H1[:held + 1] = view_H[:held], before_H1[:held + 1]
+                view_H, before_H1 = more_H, more_H1
+            begin, first = offset_N1[row_G[group]], held
             for k in range(_taken_slots(key_S, mask, neighbor_L, begin, offset_N1[row_G[group] + 1], taken_L)):
                 slot = _slot(key_S, mask, neighbor_L[begin + taken_L[k]])
                 if key_S[slot] == 0:
                     continue
                 view = head_S[slot]
                 while view >= 0:
-                    found_V[found] = view
-                    found += 1
+                    view_H[held] = view
+                    held += 1
                     view = next_V[view]
+            _sort(view_H, first, held)
+            for k in range(first, held):
+                before_H1[k + 1] = before_H1[k] + watch_ms_V[low + view_H[k]]
+            begin_G1[group + 1] = held
+    return begin_G1, view_H[:held], before_H1[:held + 1]
+
+
+@numba.njit(cache=True, nogil=True)
+def _answer(low_RK, high_RK, low_U, request_T, at_T, begin_G1, first_U1, begin_G1C, view_H, before_H, sum_KTC, count_KTC
+            ):  # pragma: no cover - compiled
+    """Each trigger's ranges from its group's views. All channels at once: what of a trigger is read from all over
+    memory is read once. begin_G1C: places in view_H; those in before_H, which has one more a channel, are behind by as
+    many. count_KTC: not filled where it is empty."""
+    channels, is_counted = begin_G1C.shape[1], count_KTC.size > 0
+    for user in range(len(first_U1) - 1):
+        for group in range(first_U1[user], first_U1[user + 1]):
+            found = 0
+            for c in range(channels):
+                found += begin_G1C[group + 1, c] - begin_G1C[group, c]
             if found == 0:
                 continue
-            _sort(found_V, found)
-            for k in range(found):
-                before_V1[k + 1] = before_V1[k] + watch_ms_V[low + found_V[k]]
             for place in range(begin_G1[group], begin_G1[group + 1]):
                 t = at_T[place]
                 r = request_T[t]
                 for k in range(low_RK.shape[1]):
-                    if high_RK[r, k] > low_RK[r, k]:
-                        first = _first_from(found_V, found, low_RK[r, k] - low)
-                        last = _first_from(found_V, found, high_RK[r, k] - low)
-                        sum_KT[k, t] = before_V1[last] - before_V1[first]
-                        count_KT[k, t] = last - first
+                    low, high = low_RK[r, k] - low_U[user], high_RK[r, k] - low_U[user]
+                    if high <= low:
+                        continue
+                    for c in range(channels):
+                        end = begin_G1C[group + 1, c]
+                        first = _first_from(view_H, begin_G1C[group, c], end, low)
+                        last = _first_from(view_H, first, end, high)
+                        sum_KTC[k, t, c] = before_H[last + c] - before_H[first + c]
+                        if is_counted:
+                            count_KTC[k, t, c] = last - first
 
 
 @numba.njit(cache=True, nogil=True)
 def _fill_hits(row_V, low_R, high_R, low_U, high_U, request_T, at_T, begin_G1, row_G, first_U1, offset_N1, neighbor_L,
                longest_list, begin_T, shift_R, view_H, rank_H):  # pragma: no cover - compiled
-    key_S, head_S, next_V, found_V, _, taken_L = _scratch(low_U, high_U, longest_list)
+    key_S, head_S, next_V, found_V, taken_L = _scratch(low_U, high_U, longest_list)
     for user in range(len(first_U1) - 1):
         low, high = low_U[user], high_U[user]
         if high <= low:
@@ -510,7 +558,7 @@ def _fill_hits(row_V, low_R, high_R, low_U, high_U, request_T, at_T, begin_G1, r
                     view = next_V[view]
             if found == 0:
                 continue
-            _sort(found_V, found)
+            _sort(found_V, 0, found)
             for place in range(begin_G1[group], begin_G1[group + 1]):
                 t = at_T[place]
                 r = request_T[t]
