@@ -40,30 +40,44 @@ def append_best(item, row_T, count, sum_N, top, item_P, neighbor_P, score_P, use
     begin = used
     for t in range(count):
         row = row_T[t]
-        score = sum_N[row]
+        used = _kept(item, row, sum_N[row], top, item_P, neighbor_P, score_P, begin, used)
         sum_N[row] = 0.0
-        if top == 0:
-            item_P[used], neighbor_P[used], score_P[used] = item, row, score
-            used += 1
-            continue
-        rounded = np.float32(score)
-        full = used - begin == top
-        if full:
-            last = np.float32(score_P[used - 1])
-            if rounded < last or (rounded == last and row > neighbor_P[used - 1]):
-                continue
-            at = used - 1
-        else:
-            at = used
-            used += 1
-        while at > begin:
-            before = np.float32(score_P[at - 1])
-            if before > rounded or (before == rounded and neighbor_P[at - 1] < row):
-                break
-            neighbor_P[at], score_P[at] = neighbor_P[at - 1], score_P[at - 1]
-            at -= 1
-        item_P[used - 1] = item
-        neighbor_P[at], score_P[at] = row, score
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def append_best_of(item, row_T, sum_T, count, top, item_P, neighbor_P, score_P, used):  # pragma: no cover - compiled
+    """`append_best` of sums that stand beside each other: row_T[t] has sum_T[t]."""
+    begin = used
+    for t in range(count):
+        used = _kept(item, row_T[t], sum_T[t], top, item_P, neighbor_P, score_P, begin, used)
+        sum_T[t] = 0.0
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _kept(item, row, score, top, item_P, neighbor_P, score_P, begin, used):  # pragma: no cover - compiled
+    """One more row in its place behind `begin`, if it is among the best; the new `used`."""
+    if top == 0:
+        item_P[used], neighbor_P[used], score_P[used] = item, row, score
+        return used + 1
+    rounded = np.float32(score)
+    if used - begin == top:
+        last = np.float32(score_P[used - 1])
+        if rounded < last or (rounded == last and row > neighbor_P[used - 1]):
+            return used
+        at = used - 1
+    else:
+        at = used
+        used += 1
+    while at > begin:
+        before = np.float32(score_P[at - 1])
+        if before > rounded or (before == rounded and neighbor_P[at - 1] < row):
+            break
+        neighbor_P[at], score_P[at] = neighbor_P[at - 1], score_P[at - 1]
+        at -= 1
+    item_P[used - 1] = item
+    neighbor_P[at], score_P[at] = row, score
     return used
 
 

@@ -26,7 +26,7 @@ import numba
 import numpy as np
 
 from configs.schema import ChannelsConfig, SwingConfig
-from trainer.channels.blocks import Pairs, append_best, over_blocks
+from trainer.channels.blocks import Pairs, append_best_of, over_blocks
 from trainer.channels.channel import Built, Given
 from trainer.co_views import CoViews
 from trainer.neighbors import top_neighbors
@@ -117,21 +117,27 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
     room = (end - begin) * min(top, rows)
     out_item_P, out_neighbor_P = np.zeros(room, np.int32), np.zeros(room, np.int32)
     out_score_P = np.zeros(room, np.float64)
-    most_users, most_held = 0, 0
+    most_users, most_held, most_kept = 0, 0, 0
     for item in range(max(begin, 1), end):
         held = 0
         for u in user_P[user_offset_N1[item]:user_offset_N1[item + 1]]:
             held += kept_U[u]
+            most_kept = max(most_kept, kept_U[u])
         most_users = max(most_users, user_offset_N1[item + 1] - user_offset_N1[item])
         most_held = max(most_held, held)
-    sum_N, seen_N = np.zeros(rows), np.zeros(rows, np.int32)
+    seen_N = np.zeros(rows, np.int32)
     # The other items that two of the item's users hold or more, counted 1, 2, ..: item o has the users
     # user_S[first_O[o]:last_O[o]], places in `users`, rising. User a holds other_S[begin_A1[a]:begin_A1[a + 1]].
+    # Unsigned, so that no index can count from the end and none is looked at for it.
     row_T = np.zeros(min(rows, most_held) + 1, np.int32)
-    first_O, last_O = np.zeros(len(row_T), np.int32), np.zeros(len(row_T), np.int32)
-    user_S, other_S = np.zeros(most_held, np.int32), np.zeros(most_held + 1, np.int32)
-    begin_A1, shares_A = np.zeros(most_users + 1, np.int32), np.zeros(most_users + 1, np.int32)
-    common_A, weight_A = np.zeros(most_users, np.int32), np.zeros(most_users)
+    first_O, last_O = np.zeros(len(row_T), np.uint32), np.zeros(len(row_T), np.uint32)
+    user_S, other_S = np.zeros(most_held, np.uint32), np.zeros(most_held + 1, np.uint32)
+    begin_A1, shares_A = np.zeros(most_users + 1, np.uint32), np.zeros(most_users + 1, np.uint32)
+    common_A, weight_A, of_A = np.zeros(most_users, np.int32), np.zeros(most_users), np.zeros(most_users)
+    sum_O = np.zeros(len(row_T))
+    # Of one user the lists that go on behind them.
+    other_L, first_L, last_L = (np.zeros(most_kept + 1, np.uint32), np.zeros(most_kept + 1, np.uint32),
+                                np.zeros(most_kept + 1, np.uint32))
     used = 0
     for item in range(max(begin, 1), end):
         users = user_P[user_offset_N1[item]:user_offset_N1[item + 1]]
@@ -165,23 +171,46 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
         begin_A1[len(users)] = held
         for t in range(others):
             seen_N[row_T[t]] = 0
+        for a in range(len(users)):
+            of_A[a] = weight_U[users[a]]
         for a in range(len(users) - 1):
-            found = 0
+            walk, lists = np.int64(0), np.uint64(0)
             for s in range(begin_A1[a], begin_A1[a + 1]):
-                first_O[other_S[s]] += 1  # past this user
-                for k in range(first_O[other_S[s]], last_O[other_S[s]]):
-                    b = user_S[k]
-                    shares_A[found] = b
-                    found += common_A[b] == 0
-                    common_A[b] += 1
-            for k in range(found):
-                b = shares_A[k]
-                weight_A[b] = weight_U[users[a]] * weight_U[users[b]] / (alpha + (common_A[b] + 1))
-                common_A[b] = 0
-            for s in range(begin_A1[a], begin_A1[a + 1]):
-                total = sum_N[row_T[other_S[s] - 1]]
-                for k in range(first_O[other_S[s]], last_O[other_S[s]]):
+                other = other_S[s]
+                first, last = first_O[other] + np.uint32(1), last_O[other]  # past this user
+                first_O[other] = first
+                other_L[lists], first_L[lists], last_L[lists] = other - np.uint32(1), first, last
+                lists += np.uint64(first < last)
+                walk += last - first
+            if walk > len(users) - a:  # most of the later users share something: all of them get a weight
+                for at in range(lists):
+                    for k in range(first_L[at], last_L[at]):
+                        common_A[user_S[k]] += 1
+                for b in range(a + 1, len(users)):
+                    weight_A[b] = of_A[a] * of_A[b] / (alpha + (common_A[b] + 1))
+                    common_A[b] = 0
+            else:
+                found = 0
+                for at in range(lists):
+                    for k in range(first_L[at], last_L[at]):
+                        b = user_S[k]
+                        shares_A[found] = b
+                        found += common_A[b] == 0
+                        common_A[b] += 1
+                for k in range(found):
+                    b = shares_A[k]
+                    weight_A[b] = of_A[a] * of_A[b] / (alpha + (common_A[b] + 1))
+                    common_A[b] = 0
+            for at in range(lists):
+                k, last = np.uint64(first_L[at]), np.uint64(last_L[at])
+                total, more = 0.0, 0.0  # two sums, as an addition waits for the one before it
+                while k + np.uint64(4) <= last:
+                    total += weight_A[user_S[k]] + weight_A[user_S[k + np.uint64(1)]]
+                    more += weight_A[user_S[k + np.uint64(2)]] + weight_A[user_S[k + np.uint64(3)]]
+                    k += np.uint64(4)
+                while k < last:
                     total += weight_A[user_S[k]]
-                sum_N[row_T[other_S[s] - 1]] = total
-        used = append_best(item, row_T, others, sum_N, top, out_item_P, out_neighbor_P, out_score_P, used)
+                    k += np.uint64(1)
+                sum_O[other_L[at]] += total + more
+        used = append_best_of(item, row_T, sum_O, others, top, out_item_P, out_neighbor_P, out_score_P, used)
     return out_item_P[:used], out_neighbor_P[:used], out_score_P[:used]
