@@ -65,8 +65,8 @@ def swing(views: CoViews, config: SwingConfig, top: int, threads: int = 1) -> tu
     weight_U = 1.0 / np.sqrt(np.maximum(kept_U, 1))
 
     def block(begin: int, end: int) -> Pairs:
-        return _swing_block(begin, end, offset_N1, user_P, views.pair_offset_U1, kept_U, views.item_P, weight_U,
-                            config.alpha, top)
+        return _swing_block(begin, end, offset_N1, user_P.view(np.uint32), views.pair_offset_U1, kept_U,
+                            views.item_P.view(np.uint32), weight_U, config.alpha, top)
 
     pairs = over_blocks(np.diff(offset_N1) ** 2.0 * kept_U.sum() / max(len(kept_U), 1), threads, block)
     return pairs, {"users_capped": int((kept_U < items_U).sum()), "items_sampled": sampled}
@@ -129,7 +129,7 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
     # The other items that two of the item's users hold or more, counted 1, 2, ..: item o has the users
     # user_S[first_O[o]:last_O[o]], places in `users`, rising. User a holds other_S[begin_A1[a]:begin_A1[a + 1]].
     # Unsigned, so that no index can count from the end and none is looked at for it.
-    row_T = np.zeros(min(rows, most_held) + 1, np.int32)
+    row_T = np.zeros(min(rows, most_held) + 1, np.uint32)
     first_O, last_O = np.zeros(len(row_T), np.uint32), np.zeros(len(row_T), np.uint32)
     user_S, other_S = np.zeros(most_held, np.uint32), np.zeros(most_held + 1, np.uint32)
     begin_A1, shares_A = np.zeros(most_users + 1, np.uint32), np.zeros(most_users + 1, np.uint32)
@@ -141,12 +141,13 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
     used = 0
     for item in range(max(begin, 1), end):
         users = user_P[user_offset_N1[item]:user_offset_N1[item + 1]]
-        touched = 0
+        touched = np.uint64(0)
         for u in users:
-            for p in range(pair_offset_U1[u], pair_offset_U1[u] + kept_U[u]):
-                row_T[touched] = item_P[p]
-                touched += seen_N[item_P[p]] == 0
-                seen_N[item_P[p]] += 1
+            for p in range(np.uint64(pair_offset_U1[u]), np.uint64(pair_offset_U1[u] + kept_U[u])):
+                row = item_P[p]
+                row_T[touched] = row
+                touched += np.uint64(seen_N[row] == 0)
+                seen_N[row] += 1
         seen_N[item] = 1
         others, places = 0, 0
         for t in range(touched):
@@ -159,15 +160,18 @@ def _swing_block(begin, end, user_offset_N1, user_P, pair_offset_U1, kept_U, ite
             row_T[others] = row
             others += 1
             seen_N[row] = others
-        held = 0
+        held = np.uint64(0)
         for a in range(len(users)):
             begin_A1[a] = held
-            for p in range(pair_offset_U1[users[a]], pair_offset_U1[users[a]] + kept_U[users[a]]):
-                other_S[held] = seen_N[item_P[p]]
-                held += seen_N[item_P[p]] > 0
-            for s in range(begin_A1[a], held):
-                user_S[last_O[other_S[s]]] = a
-                last_O[other_S[s]] += 1
+            u = users[a]
+            for p in range(np.uint64(pair_offset_U1[u]), np.uint64(pair_offset_U1[u] + kept_U[u])):
+                other = seen_N[item_P[p]]
+                other_S[held] = other
+                held += np.uint64(other > 0)
+            for s in range(np.uint64(begin_A1[a]), held):
+                other = other_S[s]
+                user_S[last_O[other]] = a
+                last_O[other] += np.uint32(1)
         begin_A1[len(users)] = held
         for t in range(others):
             seen_N[row_T[t]] = 0
