@@ -133,45 +133,46 @@ class SerialExecutor:
 
 
 class _ShardBuffer:
-    """Rows by shard: in memory, and in files of a folder once there are more than so many. Threads may add."""
+    """Rows by shard: in memory, and in files of a folder once there are more than so many. Threads may add; each puts
+    its own rows in the order of the shards, so that none waits for that."""
 
     def __init__(self, most_rows: int, shards: int, folder: Path):
         self._most_rows, self._shards, self._folder = most_rows, shards, folder
-        self._tables: list[pa.Table] = []
+        self._held: list[tuple[pa.Table, np.ndarray]] = []  # rows by shard, and where each shard begins among them
         self._rows, self._spilled, self._lock = 0, 0, threading.Lock()
 
     def add(self, table: pa.Table) -> None:
+        ordered = self._by_shard(table)
         with self._lock:
-            self._tables.append(table)
+            self._held.append(ordered)
             self._rows += table.num_rows
             if self._rows >= self._most_rows:
-                whole, at, begin = self._by_shard()
-                for shard in np.flatnonzero(np.diff(begin)):
-                    with (pa.OSFile(str(self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"), "wb") as sink,
-                          pa.ipc.new_stream(sink, whole.schema) as writer):
-                        writer.write_table(whole.take(pa.array(at[begin[shard]:begin[shard + 1]])))
-                self._tables, self._rows, self._spilled = [], 0, self._spilled + 1
+                for shard in range(self._shards):
+                    rows = self._rows_of(shard)
+                    if rows.num_rows:
+                        with (pa.OSFile(str(self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"), "wb") as sink,
+                              pa.ipc.new_stream(sink, rows.schema) as writer):
+                            writer.write_table(rows.combine_chunks())
+                self._held, self._rows, self._spilled = [], 0, self._spilled + 1
 
     def close(self) -> bool:
         """Nothing more will be added; whether anything was."""
-        self._rest = self._by_shard() if self._tables else None
-        self._tables = []
-        return self._rest is not None or self._spilled > 0
+        return bool(self._held) or self._spilled > 0
 
     def of(self, shard: int) -> pa.Table:
         parts = [_read_stream(path) for path in sorted(self._folder.glob(f"{shard:05d}-*.arrows"))]
-        if self._rest is not None:
-            whole, at, begin = self._rest
-            parts.append(whole.take(pa.array(at[begin[shard]:begin[shard + 1]])))
-        return pa.concat_tables(parts)
+        return pa.concat_tables([*parts, self._rows_of(shard)] if self._held else parts)
 
-    def _by_shard(self) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-        """The rows in memory; their numbers by shard, and where each shard begins among these."""
-        whole = pa.concat_tables(self._tables).combine_chunks()
-        shard = whole["shard"].to_numpy()
+    def _rows_of(self, shard: int) -> pa.Table:
+        """The rows of a shard in memory, as they were added."""
+        return pa.concat_tables([table.slice(begin[shard], begin[shard + 1] - begin[shard])
+                                 for table, begin in self._held])
+
+    def _by_shard(self, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        shard = table["shard"].to_numpy()
         narrow = shard.astype(np.uint16) if self._shards <= 1 << 16 else shard  # sorted by digits, not by comparing
         begin = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=self._shards))])
-        return whole, np.argsort(narrow, kind="stable"), begin
+        return table.combine_chunks().take(pa.array(np.argsort(narrow, kind="stable"))), begin
 
 
 def _read_stream(path: Path) -> pa.Table:
