@@ -49,7 +49,7 @@ from configs.loader import load
 from configs.schema import Config
 from configs.secrets import redact, redacted
 from embeddings import attempts
-from embeddings.snapshots import MANIFEST, read_manifest, verify
+from embeddings.snapshots import MANIFEST, read_manifest, verify, verify_file
 from embeddings.untrusted import parse_json
 from launch.run_folder import LOCK_NAME
 
@@ -327,6 +327,7 @@ class RemoteFolder:
         self._stop, self._is_over = threading.Event(), threading.Event()
         self._is_cut_off = False
         self._lock = threading.Lock()
+        self._beater = threading.Thread(target=self._beat_on, daemon=True, name="watchtower-beat")
 
     # --- taking it ---
 
@@ -346,17 +347,24 @@ class RemoteFolder:
             self._wait_for_its_end(before)
         me = {"id": self.id, "url": self.store.url, "host": socket.gethostname(), "pid": os.getpid(),
               "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        (self.folder / attempts.FOLDER).mkdir(exist_ok=True)
+        if not is_newest:  # what is taken from now on is of this URL, even if it is not all of it
+            attempts.write_note(self.folder / OWNER, {"url": self.store.url})
         self._beat(0)
         self.store.write(OWNER, _json(me))
-        if is_newest:
-            self._learn()
-        else:
-            self.pull()
-        (self.folder / attempts.FOLDER).mkdir(exist_ok=True)
-        attempts.write_note(self.folder / OWNER, me)
-        for name in list(self._carried.names):
-            if name.startswith(f"{attempts.FOLDER}/beat-") and name != self._beat_name(self.id):
-                self.store.delete(name)
+        self._beater.start()
+        try:
+            if is_newest:
+                self._learn()
+            else:
+                self.pull()
+            attempts.write_note(self.folder / OWNER, me)
+            for name in list(self._carried.names):
+                if name.startswith(f"{attempts.FOLDER}/beat-") and name != self._beat_name(self.id):
+                    self.store.delete(name)
+        except BaseException:
+            self._end_beat()
+            raise
 
     def _refuse_another_run(self, ours: dict[str, Any], before: dict[str, Any]) -> None:
         """What is not a run is neither taken nor removed."""
@@ -459,6 +467,10 @@ class RemoteFolder:
             for name in read_manifest(beside)["files"]:
                 (beside / name).parent.mkdir(parents=True, exist_ok=True)
                 self.store.download(f"{top}/{name}", beside / name)
+                try:
+                    verify_file(beside, read_manifest(beside), name)
+                except WatchtowerError:  # of a connection, or of the store: once more tells
+                    self.store.download(f"{top}/{name}", beside / name)
             verify(beside)
             shutil.rmtree(place, ignore_errors=True)
             os.rename(beside, place)
@@ -480,17 +492,15 @@ class RemoteFolder:
         Raises:
             WatchtowerError: the block ended well and its last results could not be put to the URL.
         """
-        threads = [threading.Thread(target=loop, daemon=True, name=f"watchtower-{name}")
-                   for name, loop in (("storage", self._carry_on), ("beat", self._beat_on))]
-        for thread in threads:
-            thread.start()
+        carrier = threading.Thread(target=self._carry_on, daemon=True, name="watchtower-storage")
+        carrier.start()
         ended_well = False
         try:
             yield self
             ended_well = True
         finally:
             self._stop.set()
-            threads[0].join()
+            carrier.join()
             try:
                 self.push(everything=True)
             except attempts.Superseded:
@@ -503,11 +513,14 @@ class RemoteFolder:
                     raise WatchtowerError(told) from error
                 self.say(f"warning: {told}")
             finally:
-                self._is_over.set()
-                threads[1].join()
-            if not self._is_cut_off:
-                with contextlib.suppress(WatchtowerError, OSError):
-                    self.store.delete(self._beat_name(self.id))
+                self._end_beat()
+
+    def _end_beat(self) -> None:
+        self._is_over.set()
+        self._beater.join()
+        if not self._is_cut_off:
+            with contextlib.suppress(WatchtowerError, OSError):
+                self.store.delete(self._beat_name(self.id))
 
     def _carry_on(self) -> None:
         told = ""
@@ -517,7 +530,7 @@ class RemoteFolder:
                 told = ""
             except attempts.Superseded:
                 return
-            except (WatchtowerError, OSError) as error:
+            except Exception as error:  # whatever it is, the run goes on, and its end says what was not carried
                 if str(error) != told:
                     self.say(f"warning: {error}; the run goes on, and this is tried again")
                 told = str(error)
@@ -557,6 +570,16 @@ class RemoteFolder:
         with self._lock:
             self._push(everything)
 
+    def _check_folder(self) -> None:
+        """Whether the working folder is there. Where its file system is away, all that was carried looks removed.
+
+        Raises:
+            WatchtowerError: it is not.
+        """
+        if (attempts.read_note(self.folder / OWNER) or {}).get("id") != self.id:
+            raise WatchtowerError(f"{self.folder} is away, or was emptied: {OWNER} is not there; nothing is carried to "
+                                  f"{self.store.url}, and nothing taken away")
+
     def _push(self, everything: bool) -> None:
         self.check()
         known = self._carried
@@ -564,6 +587,7 @@ class RemoteFolder:
         # As they are now: what they vouch for was written before, and is put before they are.
         marks = {name: data for name in names if (_is_marker(name) or _is_last(name))
                  and (data := _bytes_of(self.folder / name)) is not None}
+        self._check_folder()
         for name in [n for n in known.names if _is_marker(n) and n not in marks]:
             self._drop(name)
         snapshots, loose = _parts_of(names)
@@ -588,6 +612,7 @@ class RemoteFolder:
         here = set(names)
         gone = [name for name in known.names if _is_carried(name) and name not in here
                 and not (self.folder / name).exists()]
+        self._check_folder()
         for name in sorted(gone, key=lambda n: not n.endswith(f"/{MANIFEST}")):
             self._drop(name)
         for top in [top for top in known.snapshots if f"{top}/{MANIFEST}" not in known.names]:

@@ -70,6 +70,15 @@ def carried(url, folder, **more):
     return one
 
 
+def taken(url, folder, **more):
+    """Of a run that gives no sign of life after this."""
+    one = RemoteFolder(url, folder, **FAST | more)
+    one.take()
+    one._is_over.set()
+    one._beater.join()
+    return one
+
+
 def begun(url, folder):
     """`folder` as this run left it the last time, with all that a run leaves; what of it belongs behind the URL."""
     expected = fill(folder)

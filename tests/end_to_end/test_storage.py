@@ -24,7 +24,7 @@ from trainer.world import WorldSpec, write_world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from remote_runs import FAST, act, begun, behind, carried, fill, made, publish, put, tree  # noqa: E402
+from remote_runs import FAST, act, begun, behind, carried, fill, made, publish, put, taken, tree  # noqa: E402
 from s3_server import Proxy, s3_server, url_of  # noqa: E402
 
 
@@ -64,8 +64,7 @@ def test_there_and_back(kind, url, folder, tmp_path):
 
 def test_what_changes_is_carried_and_nothing_else(server, place, url, folder):
     with Proxy(server) as proxy:
-        one = RemoteFolder(url_of(proxy.address, place), folder, **FAST)
-        one.take()
+        one = taken(url_of(proxy.address, place), folder)
         fill(folder)
         one.push(everything=True)
         proxy.asked.clear()
@@ -102,8 +101,7 @@ def test_what_fails_for_a_while_is_tried_again(server, place, url, folder, tmp_p
 def test_a_store_that_is_away_at_the_end_loses_nothing(server, place, url, folder):
     with Proxy(server) as proxy:
         through = url_of(proxy.address, place)
-        one = RemoteFolder(through, folder, **FAST, attempts=1)
-        one.take()
+        one = taken(through, folder, attempts=1)
         expected = fill(folder)
         with pytest.raises(WatchtowerError, match=r"could not be .* in 1 tries(.|\n)*whole in .*the same command"):
             with one.carrying():
@@ -125,8 +123,7 @@ def test_a_refusal_is_told_at_once(server, url, folder):
 
 def test_many_threads_see_one_run(url, folder):
     """The thread that carries, while a run publishes, replaces and removes."""
-    one = RemoteFolder(url, folder, **FAST)
-    one.take()
+    one = taken(url, folder)
     stop, halves = threading.Event(), []
 
     def read():

@@ -7,6 +7,8 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from launch.remote import RemoteFolder, Store, is_url, work_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from remote_runs import FAST, act, begun, behind, carried, made, publish, put, tree  # noqa: E402
+from remote_runs import FAST, act, begun, behind, carried, made, publish, put, taken, tree  # noqa: E402
 
 
 @pytest.fixture
@@ -85,9 +87,8 @@ def test_a_reader_never_finds_a_half(steps, dies_at):
     """Whatever a run does between two pushes, and wherever it dies; and the next one begins with a whole state."""
     with tempfile.TemporaryDirectory() as place:
         url, folder = (Path(place) / "store").as_uri(), made(Path(place) / "work")
-        one = RemoteFolder(url, folder, **FAST)
+        one = taken(url, folder)
         one.store = Watching(url, wait_s=0.001)
-        one.take()
         put(folder, "config.yaml", {})
         one.store.dies_at = dies_at and one.store.changes + dies_at
         states = [tree(folder)]
@@ -115,8 +116,7 @@ def test_every_operation_may_be_the_last_one(tmp_path):
     for dies_at in range(1, 100):
         place = made(tmp_path / str(dies_at))
         url, folder = (place / "store").as_uri(), made(place / "work")
-        one = RemoteFolder(url, folder, **FAST)
-        one.take()
+        one = taken(url, folder)
         act(folder, "publish", 0, "a")
         act(folder, "publish", 1, "a")
         put(folder, "config.yaml", {})
@@ -141,14 +141,12 @@ def test_every_operation_may_be_the_last_one(tmp_path):
 
 def test_another_machine_takes_over_and_the_first_is_cut_off(url, folder, tmp_path):
     begun(url, folder)
-    first = RemoteFolder(url, folder, **FAST)
-    first.take()
+    first = taken(url, folder)
     first.push(everything=True)
     attempt = attempts.begin_driver(folder)
     told = []
     other = made(tmp_path / "other")
-    second = RemoteFolder(url, other, **FAST, say=told.append)
-    second.take()  # the first gives no sign of life
+    second = taken(url, other, say=told.append)  # the first gives no sign of life
     assert any("gives no sign of life" in line for line in told)
     publish(folder, "sequences", "of the dead")
     put(folder, "stages/ingest.json", {"inputs": "of the dead"})
@@ -177,6 +175,55 @@ def test_a_living_one_is_not_disturbed(url, folder, tmp_path):
             RemoteFolder(url, made(tmp_path / "other"), **FAST).take()
         first.push()
     carried(url, made(tmp_path / "third"))  # it ended: nobody waits
+
+
+def test_a_working_folder_that_is_away_takes_nothing_away(url, folder, tmp_path):
+    expected = begun(url, folder)
+    one = taken(url, folder)
+    one.push(everything=True)
+    folder.rename(tmp_path / "away")
+    folder.mkdir()  # what a file system is mounted on
+    with pytest.raises(WatchtowerError, match="is away, or was emptied"):
+        one.push(everything=True)
+    assert behind(url) == expected
+    folder.rmdir()
+    (tmp_path / "away").rename(folder)
+    snapshots.remove(folder / "sequences")
+    with one.carrying():
+        pass
+    assert "sequences/manifest.json" not in behind(url) and "metrics.json" in behind(url)
+
+
+def test_taking_that_broke_off_is_done_again(url, folder, tmp_path, monkeypatch):
+    expected = begun(url, folder)
+    carried(url, folder)
+    other = made(tmp_path / "other")
+    one = RemoteFolder(url, other, **FAST)
+    monkeypatch.setattr(one.store, "download", lambda name, path: (_ for _ in ()).throw(remote.Unreachable("away")))
+    with pytest.raises(remote.Unreachable):
+        one.take()
+    assert not [name for name in Store(url).list() if "/beat-" in name], "nobody waits for it"
+    carried(url, other)
+    assert tree(other) == behind(url) == expected
+
+
+def test_one_that_still_takes_is_alive(url, folder, tmp_path, monkeypatch):
+    begun(url, folder)
+    carried(url, folder)
+    slow = RemoteFolder(url, made(tmp_path / "slow"), **FAST)
+    goes_on = threading.Event()
+    monkeypatch.setattr(slow, "pull", lambda: goes_on.wait(30))
+    taking = threading.Thread(target=slow.take)
+    taking.start()
+    try:
+        while Store(url).read_json("attempts/owner.json")["id"] != slow.id:
+            time.sleep(0.01)
+        with pytest.raises(WatchtowerError, match="is being written by"):
+            RemoteFolder(url, made(tmp_path / "other"), **FAST).take()
+    finally:
+        goes_on.set()
+        taking.join()
+        slow._end_beat()
 
 
 def test_what_is_no_run_is_not_touched(url, folder):
