@@ -274,6 +274,10 @@ class TrainConfig(Section):
         None, description="DeepSpeed ZeRO stage; null: 1 with bf16, else 0 (the fastest where towers are small)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on the CPU")
     gradient_clip_norm: PositiveFloat | None = Field(1.0, description="norm that tower gradients are clipped to")
+    dropout_by_row: bool = Field(
+        False, description="dropout on a GPU as on a CPU, by row and not by worker: the losses do not depend on the "
+                           "number of workers then; attention is not the fused one and slower, where crm.tower.dropout "
+                           "is above 0")
     checkpoint_every_steps: Positive | None = Field(500, description="steps between checkpoints; null: epochs only")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept beside the best")
     patience: Positive | None = Field(None, description="epochs without a better validation that end a model")

@@ -9,7 +9,7 @@ with the same losses. A generator that each worker draws from for itself cannot 
 The salt is drawn from torch's generator at each call; training seeds that alike on all workers before each step. The
 mixing is a counter-based generator's (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011): two rounds
 of multiply and shift, which on a CPU cost what drawing as many numbers costs. On a GPU torch's own dropout is used, one
-kernel instead of nine; there the masks are each worker's own.
+kernel instead of nine, and its fused attention; there the masks are each worker's own, unless `by_row` asks for these.
 
 Shape suffixes: N = rows, D = width, B = windows or requests, S = packed places.
 """
@@ -22,6 +22,18 @@ from torch.nn import functional as F
 
 _ODD = (-7046029254386353131, -4658895280553007687)  # 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9: of splitmix64
 _LANES = 4
+_on_gpus = False
+
+
+def by_row(on_gpus: bool) -> None:
+    """Whether masks follow the rows on GPUs, too, from now on in this process. On a CPU they always do."""
+    global _on_gpus
+    _on_gpus = on_gpus
+
+
+def follows_rows(x: Tensor) -> bool:
+    """Whether masks of this tensor follow the rows."""
+    return x.device.type == "cpu" or _on_gpus
 
 
 def place_keys(row_B: Tensor, place_S: Tensor, places: int) -> Tensor:
@@ -34,8 +46,8 @@ def place_keys(row_B: Tensor, place_S: Tensor, places: int) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Drops single numbers of rows in training, and scales what is left by 1 / (1 - rate). On a CPU the rate is rounded
-    to a multiple of 2^-16.
+    """Drops single numbers of rows in training, and scales what is left by 1 / (1 - rate). Where masks follow the
+    rows, the rate is rounded to a multiple of 2^-16.
 
     Args:
         rate: 0 <= rate < 1.
@@ -49,12 +61,13 @@ class Dropout(nn.Module):
         """float (N, ..) to the same; key_N: int64, what each row is. Rows of one key have one mask."""
         if not self.training or self.rate == 0.0:
             return x
-        if x.device.type != "cpu":
+        if not follows_rows(x):
             return F.dropout(x, self.rate)
         width = x[:1].numel()
+        # From the CPU's generator, whatever the device: it is the one that is alike on all workers.
         salt = torch.empty((), dtype=torch.int64).random_(-(2**63), None)
-        drawn = _mixed_((key_N + salt).mul_(_ODD[0]))[:, None] ^ _mixed_(
-            torch.arange(1, 1 - -width // _LANES).mul_(_ODD[1]))
+        drawn = _mixed_((key_N.to(x.device) + salt).mul_(_ODD[0]))[:, None] ^ _mixed_(
+            torch.arange(1, 1 - -width // _LANES, device=x.device).mul_(_ODD[1]))
         kept = _mixed_(drawn).view(torch.int16)[:, :width] >= round(self.rate * 2**16) - 2**15
         return x * kept.to(x.dtype).mul_(1.0 / (1.0 - self.rate)).view(x.shape)
 

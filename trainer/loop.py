@@ -6,8 +6,8 @@ knows neither Ray nor anything of a task beyond `(loss, extras)`. The engine tra
 themselves in the backward pass.
 
 Every random number of a step is a function of (seed, epoch, step) and, for dropout, of what a row is
-(trainer/dropout.py; on a GPU: of the rank). So a run that continues from a checkpoint, on any number of workers, draws
-the same ones and needs no saved generator.
+(trainer/dropout.py; on a GPU: of the rank, unless train.dropout_by_row). So a run that continues from a checkpoint, on
+any number of workers, draws the same ones and needs no saved generator.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from configs.schema import Config
 from embeddings.snapshots import remove, verify
 from embeddings.tables import Lookup, ShardedTables
 from embeddings.untrusted import read_json
-from trainer import checkpoint
+from trainer import checkpoint, dropout
 from trainer.batches import ItemBatch, Prefetched
 from trainer.checkpoint import CheckpointSaver
 from trainer.engine import DenseEngine, EngineSpec
@@ -376,6 +376,7 @@ def _train_epoch(running: _Running, plan: Plan, position: Position) -> None:
     batches = Prefetched(lambda: task.batches(plan, epoch, first_step, workers), train.prefetch, time.perf_counter)
     log = StepLog(running, plan, position, batches)
     running.engine.train()
+    dropout.by_row(train.dropout_by_row)
     for batch, lookup, upcoming in _looked_up(running, batches):
         _seed_step(task.seed, position, workers)
         loss = _step(running, batch, lookup, upcoming, position)
@@ -465,7 +466,8 @@ def _stop_not_finite(running: _Running, batch: Batch, position: Position, what: 
 
 
 def _seed_step(seed: int, position: Position, workers: Workers) -> None:
-    """Alike on all workers, as `trainer.dropout` wants it; a GPU's own generator, whose masks know no row, is not."""
+    """Alike on all workers, as `trainer.dropout` wants it; a GPU's own generator, whose masks know no row, is not
+    (nor used with train.dropout_by_row)."""
     def drawn(*more: int) -> int:
         numbers = [seed, position.epoch, position.step, *more]
         return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.batches import GAP_BUCKETS, HOURS, ItemBatch, WindowBatch
-from trainer.dropout import Dropout, RowMlp, place_keys
+from trainer.dropout import Dropout, RowMlp, follows_rows, place_keys
 
 
 class ItemEncoder(nn.Module):
@@ -314,14 +314,14 @@ class TransformerLayer(nn.Module):
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, row_B: Tensor) -> Tensor:
         """Causal attention with dropout on its weights, float (windows, heads, tokens, width of a head)."""
-        if query.device.type != "cpu" or not self.training or self.drop.rate == 0.0:
+        if not follows_rows(query) or not self.training or self.drop.rate == 0.0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True,
                                                   dropout_p=self.drop.rate if self.training else 0.0)
         # What torch does here on a CPU, but for its random numbers.
-        heads, tokens = query.shape[1:3]
-        row_N = (row_B[:, None] * heads + torch.arange(heads)).flatten()
-        key_N = place_keys(row_N, torch.arange(len(row_N) * tokens), tokens)
-        later = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype).triu(1)
+        (heads, tokens), device = query.shape[1:3], query.device
+        row_N = (row_B[:, None] * heads + torch.arange(heads, device=device)).flatten()
+        key_N = place_keys(row_N, torch.arange(len(row_N) * tokens, device=device), tokens)
+        later = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=device).triu(1)
         weight = torch.softmax(query @ (key * query.shape[3] ** -0.5).transpose(2, 3) + later, dim=3)
         return self.drop(weight.flatten(0, 2), key_N).view(weight.shape) @ value
 

@@ -1,7 +1,7 @@
 """One GPU worker (TorchRec's tables and a DeepSpeed engine over NCCL) against one plain-PyTorch process on a CPU.
 
-Without dropout: a GPU draws its masks itself. Products of a GPU add up in another order, so losses and weights may be
-further apart than those of two CPU workers.
+Without dropout, as a GPU draws its masks itself, and with masks by row. Products of a GPU add up in another order, so
+losses and weights may be further apart than those of two CPU workers.
 """
 
 import numpy as np
@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_parity import OPTIMIZERS, TOWERS, WITHOUT_GRADIENT, batches, differences, plain_run, sharded_run
+
+from trainer import dropout
 
 STEPS = 30
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 5e-5, 2e-4
@@ -37,6 +39,32 @@ def test_a_gpu_equals_a_plain_process(gpu, made, plain, case):
     tower, stage, name = case
     found = sharded_run(made, tower, stage, "table_wise", name, device=gpu, dropout=0.0)
     loss, weight = differences(found, plain[tower, name], WITHOUT_GRADIENT if name == "real" else ())
+    print(f"loss {loss:.1e}, weights {weight:.1e}")
+    assert loss <= LOSS_TOLERANCE
+    assert weight <= WEIGHT_TOLERANCE
+
+
+@pytest.fixture
+def rows_everywhere():
+    dropout.by_row(on_gpus=True)
+    yield
+    dropout.by_row(on_gpus=False)
+
+
+@pytest.mark.usefixtures("rows_everywhere")
+def test_masks_by_row_are_those_of_a_cpu(gpu):
+    keys, masks = torch.randint(-2**62, 2**62, (999,)), []
+    for device in ("cpu", gpu):
+        torch.manual_seed(5)
+        masks.append(dropout.Dropout(0.3)(torch.ones(999, 70, device=device), keys.to(device)).cpu())
+    assert torch.equal(*masks)
+
+
+@pytest.mark.usefixtures("rows_everywhere")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_with_masks_by_row_a_gpu_equals_a_plain_process_with_dropout_too(gpu, made, tower):
+    found = sharded_run(made, tower, 1, "table_wise", "real", device=gpu)
+    loss, weight = differences(found, plain_run(tower, "real", STEPS), WITHOUT_GRADIENT)
     print(f"loss {loss:.1e}, weights {weight:.1e}")
     assert loss <= LOSS_TOLERANCE
     assert weight <= WEIGHT_TOLERANCE
