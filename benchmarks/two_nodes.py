@@ -9,8 +9,8 @@ throughput  windows a second of two workers: one on each of two nodes (`train.pl
             one (`pack`), on the same cluster and cores, in turns; the median over a run's `train_step` events, the
             first quarter left out. Both do the same batches and must come to the same losses, so it is the ratio of
             targets a second as well. Reach 0.95.
-submit      from the start of `watchtower submit` (an empty run folder, a tiny world, our code sent along) to the first
-            `train_step`, on a cluster that has run one before: 30 s over the time it takes. Reach 1.
+submit      from the start of `watchtower submit` (an empty run folder, a tiny world, the code that is installed) to the
+            first `train_step`, on a cluster that has run one before: 30 s over the time it takes. Reach 1.
 lost        a node's link is cut and its processes killed; another one comes. From there to the next `train_step`, less
             the time limit by which the cluster takes a node for dead: 60 s over that. Reach 1. The losses must be those
             of the run that nobody disturbed.
@@ -113,7 +113,7 @@ def submit(folder: Path, rounds: int, networks: bool) -> dict:
             begin = time.time()
             done = subprocess.run(
                 [*nodes.prefix, sys.executable, "-m", "launch.cli", "submit", str(CONFIG), f"run_dir={run_dir}", SPREAD,
-                 *ONE_MODEL, "--address", nodes.jobs], cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+                 *ONE_MODEL, "--installed", "--address", nodes.jobs], cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
                 capture_output=True, text=True, timeout=1200)
             if done.returncode:
                 raise Short(f"submit: exit code {done.returncode}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
