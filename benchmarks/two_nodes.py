@@ -113,7 +113,8 @@ def submit(folder: Path, rounds: int, networks: bool) -> dict:
             begin = time.time()
             done = subprocess.run(
                 [*nodes.prefix, sys.executable, "-m", "launch.cli", "submit", str(CONFIG), f"run_dir={run_dir}", SPREAD,
-                 *ONE_MODEL, "--installed", "--address", nodes.jobs], cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+                 *ONE_MODEL, "--installed", "--address", nodes.jobs], cwd=ROOT,
+                env={**os.environ, "RAY_AUTH_MODE": "disabled"},
                 capture_output=True, text=True, timeout=1200)
             if done.returncode:
                 raise Short(f"submit: exit code {done.returncode}: {done.stdout[-1500:]}{done.stderr[-1500:]}")

@@ -5,8 +5,8 @@ run_dir is a URL works in a folder of its own, `storage.work_dir`, as any other 
 carries what was published there to the URL, in the same layout:
 
     snapshots     the files of a folder first, its manifest.json last: without one a folder is not there for a reader
+    pointers      serving.json, metrics.json and report.html after these
     markers       stages/<stage>.json once everything that the stage wrote is there; taken away before that changes
-    pointers      serving.json, metrics.json and report.html last of all
     removed       what is gone in the working folder goes at the end, a manifest before its files
 
 Each object appears whole or not at all, which object stores promise (on others: written beside and moved). A run on
@@ -43,20 +43,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from configs.errors import InputError, WatchtowerError
 from configs.loader import load
 from configs.schema import Config
 from configs.secrets import redact, redacted
 from embeddings import attempts
-from embeddings.snapshots import MANIFEST, read_manifest, verify, verify_file
+from embeddings.snapshots import MANIFEST, read_manifest, says_disk_full, verify, verify_file
 from embeddings.untrusted import parse_json
 from launch.run_folder import LOCK_NAME
 
 OWNER = f"{attempts.FOLDER}/owner.json"
 RECORD = f"{attempts.FOLDER}/record.json"
-LEFT_OUT = {"world", "router_features", "ray"}
-"""Folders of a run folder that are not carried: made anew where they are missing, or of this machine alone."""
+CARRIED = {"attempts", "channels", "checkpoints", "config.yaml", "evaluation", "events.jsonl", "indexes", "item_value",
+           "labels", "metrics.json", "quarantine", "report.html", "routing", "sequences", "stages", "tensorboard"}
+"""What of a run folder is carried. World and router features are made anew where they are missing; whatever else lies
+at the URL is somebody's own."""
 AT_ONCE = 8  # files that go up or down at a time
 CHUNK_BYTES = 8 << 20
 SLOW_S = 60.0  # files that only grow (events.jsonl, TensorBoard's) go up again at most this often
@@ -66,6 +69,10 @@ _LAST = ("metrics.json", "report.html")
 _NEVER_MENDS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET", "INVALID_CLIENT",
                 "permission denied", "Permission denied", "invalid_grant", "NotAuthorized")
 T = TypeVar("T")
+
+
+class Refused(InputError):
+    """The store does not let us, now or later."""
 
 
 class Unreachable(WatchtowerError):
@@ -124,7 +131,7 @@ class Store:
 
         self.url, self.attempts, self.wait_s = redact(url).partition("?")[0].rstrip("/"), attempts, wait_s
         base, path = filesystem_of(url)
-        path = path.rstrip("/")
+        base, path = _without_queue(base, url), path.rstrip("/")
         if not path.strip("/"):
             raise InputError(f"run_dir: {self.url} names no folder; add one, such as {self.url}/run")
         self._has_folders = base.type_name not in ("s3", "gcs")
@@ -142,7 +149,10 @@ class Store:
                 text = " ".join(str(error).split())
                 where = f"{self.url}/{name}".rstrip("/")
                 if any(words in text for words in _NEVER_MENDS):
-                    raise InputError(f"{where}: cannot be {what}: {text}") from error
+                    raise Refused(f"{where}: cannot be {what}: {text}") from error
+                if says_disk_full(error):
+                    raise InputError(f"{where}: cannot be {what}: the disk here is full; make room and run again"
+                                     ) from error
                 if number == self.attempts:
                     raise Unreachable(f"{where}: could not be {what} in {number} tries: {text}") from error
                 time.sleep(min(MOST_WAIT_S, self.wait_s * 2 ** (number - 1)) * random.uniform(0.5, 1.5))
@@ -192,24 +202,22 @@ class Store:
         Raises:
             FileNotFoundError: it is gone.
         """
-        stamp = (0, 0)
+        with open(path, "rb") as file:  # before the stream: closing that one makes an object, however little is in it
+            found = os.fstat(file.fileno())
 
-        def copy(stream: Any) -> None:
-            nonlocal stamp
-            with open(path, "rb") as file:
-                found = os.fstat(file.fileno())
-                stamp = (found.st_size, found.st_mtime_ns)
+            def copy(stream: Any) -> None:
+                file.seek(0)
                 left = found.st_size  # a log that grows is put as long as it was
                 while left and (chunk := file.read(min(CHUNK_BYTES, left))):
                     stream.write(chunk)
                     left -= len(chunk)
 
-        path.stat()  # before an object of no bytes takes the place of the last one
-        self._put(name, copy)
-        return stamp
+            self._put(name, copy)
+        return found.st_size, found.st_mtime_ns
 
     def _put(self, name: str, fill: Callable[[Any], Any]) -> None:
         def put() -> None:
+            # Nothing is deleted where a put to an object store failed: what was there before is still whole.
             place = name
             if self._has_folders:
                 place = f"{name}.{uuid.uuid4().hex}.tmp"
@@ -221,9 +229,9 @@ class Store:
                 if place != name:
                     self._fs.move(place, name)
             except BaseException:
-                # Closing a stream completes the object, whatever is missing of it.
-                with contextlib.suppress(OSError):
-                    self._fs.delete_file(place)
+                if place != name:
+                    with contextlib.suppress(OSError):
+                        self._fs.delete_file(place)
                 raise
 
         self._try("written", name, put)
@@ -241,6 +249,20 @@ class Store:
         """An object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._try("removed", name, lambda: self._fs.delete_file(name))
+
+
+def _without_queue(base: Any, url: str) -> Any:
+    """S3 with writes that wait for their end: pyarrow's own would take a file into memory as fast as it can be read,
+    and let nothing else through. Where the URL has an option that is not known here, it stays as it is."""
+    from pyarrow import fs
+
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if base.type_name != "s3" or not options.keys() <= {"region", "scheme", "endpoint_override"}:
+        return base
+    keys = {} if parts.username is None else {"access_key": unquote(parts.username),
+                                              "secret_key": unquote(parts.password or "")}
+    return fs.S3FileSystem(background_writes=False, **keys, **{"region": base.region} | options)
 
 
 # --- what lies in a run folder ----------------------------------------------------------------------------------------
@@ -268,7 +290,7 @@ def _parts_of(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
 def _is_carried(name: str) -> bool:
     """Whether a file of a run folder belongs behind its URL."""
     parts = name.split("/")
-    if parts[0] in LEFT_OUT or name == LOCK_NAME or any(p.startswith(".") or p.endswith(".tmp") for p in parts):
+    if parts[0] not in CARRIED or any(p.startswith(".") or p.endswith(".tmp") for p in parts):
         return False
     return parts[0] != attempts.FOLDER or name == RECORD
 
@@ -326,6 +348,9 @@ class RemoteFolder:
         self._carried = _Carried()
         self._stop, self._is_over = threading.Event(), threading.Event()
         self._is_cut_off = False
+        self._left_out: set[str] = set()
+        self._me: dict[str, Any] = {}
+        self._is_gone = False
         self._lock = threading.Lock()
         self._beater = threading.Thread(target=self._beat_on, daemon=True, name="watchtower-beat")
 
@@ -342,14 +367,21 @@ class RemoteFolder:
         before = self.store.read_json(OWNER) or {}
         ours = attempts.read_note(self.folder / OWNER) or {}
         self._refuse_another_run(ours, before)
-        is_newest = "id" in ours and before.get("id") in (None, ours["id"])
+        is_newest = "id" in ours and before.get("id") in (None, ours["id"], ours.get("was"))
+        if is_newest and not before and "config.yaml" in self.store.list():
+            raise InputError(f"run_dir: {self.store.url}/{OWNER} is missing or damaged, so nobody can say whether the "
+                             f"URL or {self.folder} is newer; empty that folder to go on with what the URL has, or the "
+                             "URL to put there what the folder has")
         if before and not is_newest:
             self._wait_for_its_end(before)
         me = {"id": self.id, "url": self.store.url, "host": socket.gethostname(), "pid": os.getpid(),
               "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._me = me
         (self.folder / attempts.FOLDER).mkdir(exist_ok=True)
-        if not is_newest:  # what is taken from now on is of this URL, even if it is not all of it
-            attempts.write_note(self.folder / OWNER, {"url": self.store.url})
+        # Before anything else, as this may end at any time: a folder that is the newest stays that under both names,
+        # and what is taken from now on is of this URL, even if it is not all of it.
+        attempts.write_note(self.folder / OWNER, {**me, "was": before.get("id")} if is_newest else
+                            {"url": self.store.url})
         self._beat(0)
         self.store.write(OWNER, _json(me))
         self._beater.start()
@@ -476,8 +508,9 @@ class RemoteFolder:
             os.rename(beside, place)
             self._carried.snapshots[top] = _digest(manifest)
         except (FileNotFoundError, WatchtowerError) as error:
-            if isinstance(error, Unreachable):
+            if isinstance(error, (Unreachable, Refused)) or says_disk_full(error.__cause__ or error):
                 raise
+            self._left_out.add(top)  # and stays where it is: somebody may mend it
             self.say(f"warning: {self.store.url}/{top}: damaged or half removed, and left out ({error})")
             shutil.rmtree(place, ignore_errors=True)
         finally:
@@ -539,11 +572,10 @@ class RemoteFolder:
         number = 0
         while not self._is_over.wait(self.every_s):
             number += 1
-            with contextlib.suppress(WatchtowerError, OSError):
+            # On and on: a driver that was cut off before its attempt began is to end as well.
+            with contextlib.suppress(Exception):
                 self.check()
                 self._beat(number)
-            if self._is_cut_off:
-                return
 
     def check(self) -> None:
         """Whether this process is still the one that writes there. Where it is not, its attempt at the working folder
@@ -554,7 +586,8 @@ class RemoteFolder:
         """
         owner = self.store.read_json(OWNER)
         if owner is None or owner.get("id") == self.id:
-            return  # none: somebody emptied the place; what is done here is put there again
+            self._is_gone = owner is None
+            return
         self._is_cut_off = True
         where = f"{owner.get('host')}, process {owner.get('pid')}"
         attempts.cut_off(self.folder, f"{where}, through {self.store.url}")
@@ -582,11 +615,14 @@ class RemoteFolder:
 
     def _push(self, everything: bool) -> None:
         self.check()
+        if self._is_gone:  # somebody emptied the place: all is put there again
+            self.store.write(OWNER, _json(self._me))
+            self._carried = _Carried()
         known = self._carried
-        names = _local_names(self.folder)
+        marked = [name for name in _local_names(self.folder) if _is_marker(name) or _is_last(name)]
         # As they are now: what they vouch for was written before, and is put before they are.
-        marks = {name: data for name in names if (_is_marker(name) or _is_last(name))
-                 and (data := _bytes_of(self.folder / name)) is not None}
+        marks = {name: data for name in marked if (data := _bytes_of(self.folder / name)) is not None}
+        names = _local_names(self.folder)
         self._check_folder()
         for name in [n for n in known.names if _is_marker(n) and n not in marks]:
             self._drop(name)
@@ -602,29 +638,33 @@ class RemoteFolder:
         self._each(self._push_loose, [n for n in loose if n not in marks and (grows or not _only_grows(n))])
         if grows:
             known.grown_at = time.monotonic()
-        self._each(lambda top: self._push_snapshot(top, snapshots[top], manifests[top]), manifests)
+        self._each(lambda top: self._push_snapshot(top, manifests[top]), manifests)
         self.check()
-        for name in sorted(marks, key=_is_last):
-            if known.loose.get(name) != digests[name]:
+        for name in sorted(marks, key=_is_last, reverse=True):  # a marker vouches for metrics.json and pointers, too
+            if known.loose.get(name) != digests[name] and _bytes_of(self.folder / name) == marks[name]:
                 self.store.write(name, marks[name])
                 known.names.add(name)
                 known.loose[name] = digests[name]
         here = set(names)
         gone = [name for name in known.names if _is_carried(name) and name not in here
                 and not (self.folder / name).exists()]
+        # Not before what takes its place is there: of checkpoints that go faster than they can be put, one must stay.
+        waited_for = {top.rpartition("/")[0] for top in snapshots if top not in known.snapshots}
+        kept = self._left_out | {top for top in known.snapshots if top.rpartition("/")[0] in waited_for}
+        gone = [name for name in gone if not any(str(above) in kept for above in PurePosixPath(name).parents)]
         self._check_folder()
         for name in sorted(gone, key=lambda n: not n.endswith(f"/{MANIFEST}")):
             self._drop(name)
         for top in [top for top in known.snapshots if f"{top}/{MANIFEST}" not in known.names]:
             del known.snapshots[top]
 
-    def _push_snapshot(self, top: str, names: list[str], manifest: bytes) -> None:
+    def _push_snapshot(self, top: str, manifest: bytes) -> None:
         known, place = self._carried, self.folder / top
         if f"{top}/{MANIFEST}" in known.names:  # another one in its place: not there for readers until it is whole
             self._drop(f"{top}/{MANIFEST}")
             known.snapshots.pop(top, None)
         try:
-            for name in (n for n in names if n != MANIFEST):
+            for name in parse_json(manifest)["files"]:  # and not what a walk saw, which may be of the one before
                 self.store.upload(place / name, f"{top}/{name}")
                 known.names.add(f"{top}/{name}")
         except FileNotFoundError:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, WatchtowerError
+from configs.secrets import redact
 from launch.console import FORMAT_VARIABLE, FORMATS, say, version
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def submit(config: Config, arguments: argparse.Namespace) -> int:
             client.submit_job(
                 entrypoint=entrypoint(None if sends_code else (folder / CONFIG_NAME).read_text(encoding="utf-8")),
                 submission_id=job, runtime_env=runtime,
-                metadata={"watchtower": version(), "name": config.name, "run_dir": config.run_dir})
+                metadata={"watchtower": version(), "name": config.name, "run_dir": redact(config.run_dir)})
     sent = f"job {job} is sent"
     if arguments.no_wait:
         say(sent)

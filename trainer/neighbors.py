@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,8 +156,22 @@ def read_neighbors(folder: Path, vocabulary: Vocabulary) -> NeighborLists:
     score_L = scores.flatten().to_numpy().astype(np.float32, copy=False)
     order = np.argsort(item_L[keep_L], kind="stable")
     counts_N = np.bincount(item_L[keep_L], minlength=vocabulary.rows)
-    return NeighborLists(np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64),
-                         neighbor_L[keep_L][order].astype(np.int32), score_L[keep_L][order])
+    lists = NeighborLists(np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64),
+                          neighbor_L[keep_L][order].astype(np.int32), score_L[keep_L][order])
+    if _row_of_twice(lists.offset_N1, lists.neighbor_L, np.zeros(vocabulary.rows, np.int32)) > 0:
+        raise InputError(f"{source}: a list holds an item twice")  # compiled code makes room for each of them once
+    return lists
+
+
+@numba.njit(cache=True, nogil=True)
+def _row_of_twice(offset_N1, neighbor_L, seen_N):  # pragma: no cover - compiled
+    """The first row whose list holds an item twice, 0 where there is none. seen_N: int32 zeros."""
+    for row in range(1, len(offset_N1) - 1):
+        for place in range(offset_N1[row], offset_N1[row + 1]):
+            if seen_N[neighbor_L[place]] == row:
+                return row
+            seen_N[neighbor_L[place]] = row
+    return 0
 
 
 def _read_lists(path: Path) -> pa.Table:

@@ -263,7 +263,7 @@ def test_a_damaged_snapshot_is_left_out(url, folder, tmp_path):
     assert len([line for line in told if "left out" in line]) == 2
     assert not (other / "sequences").exists() and not (other / "channels/swing/1000").exists()
     snapshots.verify(other / "indexes/dnn/seed=0/1000-7")
-    assert "sequences/manifest.json" not in behind(url), "and it goes with the next push"
+    assert "sequences/manifest.json" in behind(url), "somebody may mend it"
 
 
 def test_where_a_run_works(monkeypatch, tmp_path):
