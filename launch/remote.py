@@ -569,13 +569,19 @@ class RemoteFolder:
                 told = str(error)
 
     def _beat_on(self) -> None:
-        number = 0
+        number, told = 0, ""
         while not self._is_over.wait(self.every_s):
             number += 1
-            # On and on: a driver that was cut off before its attempt began is to end as well.
-            with contextlib.suppress(Exception):
+            try:
                 self.check()
                 self._beat(number)
+                told = ""
+            except attempts.Superseded:
+                pass  # its attempt ends by that and says so; on and on, for it may not have begun yet
+            except Exception as error:  # without a sign of life another driver may take the run over
+                if str(error) != told:
+                    self.say(f"warning: no sign of life could be given: {error}; this is tried again")
+                told = str(error)
 
     def check(self) -> None:
         """Whether this process is still the one that writes there. Where it is not, its attempt at the working folder

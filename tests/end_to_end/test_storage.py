@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.client
 import itertools
 import json
 import os
@@ -109,6 +110,50 @@ def test_a_store_that_is_away_at_the_end_loses_nothing(server, place, url, folde
         proxy.fault = lambda method, path: None
         carried(through, folder)
     assert behind(url) == expected
+
+
+def test_taking_that_broke_off_is_done_again(server, place, url, folder, tmp_path):
+    expected, other = begun(url, folder), made(tmp_path / "other")
+    carried(url, folder)
+    with Proxy(server) as proxy:
+        proxy.fault = lambda method, path: "500" if method == "GET" and "sequences/data.bin" in path else None
+        with pytest.raises(Unreachable, match="sequences/data.bin"):
+            RemoteFolder(url_of(proxy.address, place), other, **FAST, attempts=1).take()
+    assert not [name for name in Store(url).list() if "/beat-" in name], "nobody waits for it"
+    carried(url, other)
+    assert tree(other) == behind(url) == expected
+
+
+def test_one_that_still_takes_is_alive(server, place, url, folder, tmp_path):
+    begun(url, folder)
+    carried(url, folder)
+    goes_on = threading.Event()
+    with Proxy(server) as proxy:
+        def fault(method, path):
+            if method == "GET" and "sequences/data.bin" in path:
+                goes_on.wait(60)
+
+        proxy.fault = fault
+        slow = RemoteFolder(url_of(proxy.address, place), made(tmp_path / "slow"), **FAST)
+        taking = threading.Thread(target=slow.take)
+        taking.start()
+        try:
+            while Store(url).read_json(OWNER)["id"] != slow.id:
+                time.sleep(0.01)
+            with pytest.raises(WatchtowerError, match="is being written by"):
+                RemoteFolder(url, made(tmp_path / "other"), **FAST, attempts=1).take()
+        finally:
+            goes_on.set()
+            taking.join()
+            slow._end_beat()
+
+
+def test_a_name_that_leads_out_is_refused(server, place, url):
+    connection = http.client.HTTPConnection(server)
+    connection.request("PUT", f"/{place}/a/..%2F..%2Foutside", b"x")
+    assert connection.getresponse().status == 200
+    with pytest.raises(InputError, match="leads out of the run folder"):
+        Store(url).list()
 
 
 def test_a_refusal_is_told_at_once(server, url, folder):

@@ -7,8 +7,6 @@ import json
 import shutil
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -194,38 +192,6 @@ def test_a_working_folder_that_is_away_takes_nothing_away(url, folder, tmp_path)
     assert "sequences/manifest.json" not in behind(url) and "metrics.json" in behind(url)
 
 
-def test_taking_that_broke_off_is_done_again(url, folder, tmp_path, monkeypatch):
-    expected = begun(url, folder)
-    carried(url, folder)
-    other = made(tmp_path / "other")
-    one = RemoteFolder(url, other, **FAST)
-    monkeypatch.setattr(one.store, "download", lambda name, path: (_ for _ in ()).throw(remote.Unreachable("away")))
-    with pytest.raises(remote.Unreachable):
-        one.take()
-    assert not [name for name in Store(url).list() if "/beat-" in name], "nobody waits for it"
-    carried(url, other)
-    assert tree(other) == behind(url) == expected
-
-
-def test_one_that_still_takes_is_alive(url, folder, tmp_path, monkeypatch):
-    begun(url, folder)
-    carried(url, folder)
-    slow = RemoteFolder(url, made(tmp_path / "slow"), **FAST)
-    goes_on = threading.Event()
-    monkeypatch.setattr(slow, "pull", lambda: goes_on.wait(30))
-    taking = threading.Thread(target=slow.take)
-    taking.start()
-    try:
-        while Store(url).read_json("attempts/owner.json")["id"] != slow.id:
-            time.sleep(0.01)
-        with pytest.raises(WatchtowerError, match="is being written by"):
-            RemoteFolder(url, made(tmp_path / "other"), **FAST).take()
-    finally:
-        goes_on.set()
-        taking.join()
-        slow._end_beat()
-
-
 def test_what_is_no_run_is_not_touched(url, folder):
     Store(url).write("logs/part-0.parquet", b"of somebody")
     with pytest.raises(InputError, match="holds logs/part-0.parquet and no run"):
@@ -235,22 +201,6 @@ def test_what_is_no_run_is_not_touched(url, folder):
         Store("s3://?region=us-east-1")
     with pytest.raises(InputError, match="cannot be opened as a file system"):
         Store("ftp://host/run")
-
-
-def test_a_name_that_leads_out_is_refused(tmp_path, folder, monkeypatch):
-    url = (tmp_path / "store").as_uri()
-    store = Store(url)
-    store.write("config.yaml", b"name: a")
-
-    class Info:
-        path, size, type = "../../outside", 3, None
-
-    from pyarrow import fs
-
-    Info.type = fs.FileType.File
-    monkeypatch.setattr(store, "_try", lambda what, name, call: [Info])
-    with pytest.raises(InputError, match="leads out of the run folder"):
-        store.list()
 
 
 def test_a_damaged_snapshot_is_left_out(url, folder, tmp_path):
