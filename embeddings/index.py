@@ -343,10 +343,10 @@ def _checked(vectors_ND: np.ndarray, item_ids_N: np.ndarray) -> tuple[np.ndarray
         raise ValueError(f"vectors {vectors_ND.shape} and ids {item_ids_N.shape}; expected (N, D) and (N,)")
     if not len(vectors_ND):
         raise InputError("no items to index: the catalogue is empty")
-    # One product looks at every number: a sum is finite only where all of its row are. Where finite numbers add up to
-    # more than a float holds, the rows are looked at again.
+    # A sum is finite only where every number is. Where finite numbers add up to more than a float holds, the rows are
+    # looked at again. Not by a product: OpenBLAS's threads would go on spinning beside FAISS's.
     with np.errstate(over="ignore", invalid="ignore"):
-        all_finite = np.isfinite(vectors_ND @ np.ones(vectors_ND.shape[1], np.float32)).all()
+        all_finite = np.isfinite(vectors_ND.sum(dtype=np.float32))
     finite_N = np.ones(len(vectors_ND), bool) if all_finite else np.isfinite(vectors_ND).all(axis=1)
     if not finite_N.all():
         bad = int((~finite_N).sum())

@@ -32,7 +32,7 @@ from trainer.vocabulary import Vocabulary
 NEIGHBORS = "neighbors.parquet"
 NONE = -1  # number of a snapshot where a request comes before the first
 MINUTE_MS = 60_000
-STATES_KEPT = 16
+KEPT_BYTES = 256 << 20  # of what was found out of the lists of whole states
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ class ChannelSnapshots:
                                  "watchtower channels first")
         self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
         self._loading = threading.Lock()  # threads that want the same lists wait for the one that reads them
-        self._made: dict[tuple[int, ...], Any] = {}
+        self._made: dict[tuple[int, ...], np.ndarray] = {}
+        self._asked: dict[tuple[int, ...], int] = {}
         self._making = threading.Lock()
 
     def numbers_at(self, time_ms_R: np.ndarray) -> np.ndarray:
@@ -239,15 +240,26 @@ class ChannelSnapshots:
         with self._loading:
             return self._load(channel, number)
 
-    def kept(self, state_C: np.ndarray, make: Callable[[], Any]) -> Any:
-        """What `make` finds out of the lists of a state, always the same thing; the last few states' are kept."""
+    def kept(self, state_C: np.ndarray, make: Callable[[], np.ndarray], asked: int, whole: int) -> np.ndarray | None:
+        """What `make` finds out of all lists of a state, always the same thing. None as long as it would cost more than
+        it spares: until as many rows were asked for, over all calls, as there are. The latest used are kept, of
+        KEPT_BYTES in all (one at least).
+
+        Args:
+            asked: rows that the caller wants now. whole: rows of `make`.
+        """
         key = tuple(int(number) for number in state_C)
         with self._making:
             if key not in self._made:
-                if len(self._made) == STATES_KEPT:
-                    del self._made[next(iter(self._made))]
+                self._asked[key] = self._asked.get(key, 0) + asked
+                if self._asked[key] < whole:
+                    return None
                 self._made[key] = make()
-            return self._made[key]
+            found = self._made[key] = self._made.pop(key)  # the last one is the latest used
+            while len(self._made) > 1 and sum(one.nbytes for one in self._made.values()) > KEPT_BYTES:
+                oldest = next(iter(self._made))
+                del self._made[oldest], self._asked[oldest]
+            return found
 
     def watermark_ms(self, channel: int, number: int) -> int | None:
         return None if number == NONE else self.snapshots[channel][number].watermark_ms

@@ -36,7 +36,7 @@ from trainer.sequences import SequenceShard
 from trainer.triggers import TriggerRequests
 
 EPSILON = 1e-6  # eps of Eq. 11
-MOST_KEPT = 1 << 25  # items x channels whose uniqueness is found for all of them and kept: 128 MiB
+MOST_KEPT = 1 << 25  # items x channels whose counts are found for all of them and kept: 256 MiB
 ROWS_AT_ONCE = 16_384  # items whose lists of all channels are compared at once
 
 
@@ -207,15 +207,22 @@ def unique_counts(requests: TriggerRequests, snapshots: ChannelSnapshots, states
     unique_TC, length_TC = np.zeros(shape_TC, np.int32), np.zeros(shape_TC, np.int32)
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
         lists = [snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C)]
+        counts_XC, place_G = None, groups.row_G
         items = len(lists[0].length_N)
         if items * len(lists) <= MOST_KEPT:  # requests of all users ask for the same items
-            unique_XC = snapshots.kept(state_C, lambda lists=lists, items=items: unique_of(np.arange(items), lists))
-            place_G, length_XC = groups.row_G, np.stack([one.length_N for one in lists], axis=1)
-        else:
+            counts_XC = snapshots.kept(state_C, lambda lists=lists, items=items: _counts_of(np.arange(items), lists),
+                                       len(groups.row_G), items)
+        if counts_XC is None:
             row_X, place_G = np.unique(groups.row_G, return_inverse=True)
-            unique_XC, length_XC = unique_of(row_X, lists), np.stack([one.length_N[row_X] for one in lists], axis=1)
-        _spread(groups.at_T, groups.begin_G1, place_G, unique_XC, length_XC.astype(np.int32), unique_TC, length_TC)
+            counts_XC = _counts_of(row_X, lists)
+        _spread(groups.at_T, groups.begin_G1, place_G, *counts_XC, unique_TC, length_TC)
     return unique_TC, length_TC
+
+
+def _counts_of(row_X: np.ndarray, lists: Sequence[NeighborLists]) -> np.ndarray:
+    """int32 (2, X, C): |U_c| and |R_c| of these rows."""
+    length_XC = np.stack([one.length_N[row_X] for one in lists], axis=1)
+    return np.stack([unique_of(row_X, lists), length_XC.astype(np.int32)])
 
 
 def unique_of(row_X: np.ndarray, lists: Sequence[NeighborLists]) -> np.ndarray:

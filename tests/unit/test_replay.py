@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_requests import (
     CONFIG,
+    ITEMS,
     T0,
     empty_requests,
     lists_of_request,
@@ -12,6 +13,7 @@ from made_requests import (
     made_shard,
 )
 
+from trainer import neighbors, replay
 from trainer.neighbors import NeighborLists
 from trainer.replay import (
     future_items,
@@ -110,6 +112,45 @@ def test_unique_items_are_those_of_sets(folder, shard, rule, seed):
             assert unique_TC[t, c] == len(set(items) - others) and length_TC[t, c] == len(items)
     rho_TC = unique_share(unique_TC, length_TC)
     assert rho_TC.dtype == np.float32 and (rho_TC[length_TC == 0] == 0).all() and (rho_TC <= 1).all()
+
+
+def test_uniqueness_is_found_for_all_items_once_as_many_were_asked_for(folder, monkeypatch):
+    made, shard = made_channels(folder, 77), made_shard(3, users=4, longest=30)
+    snapshots, requests = made.snapshots, requests_of(shard, made_rule())
+    found = []
+    monkeypatch.setattr(replay, "unique_of", lambda row_X, lists: found.append(len(row_X)) or unique_of(row_X, lists))
+    alone = unique_counts(requests.take(np.arange(1)), snapshots)
+    assert found and max(found) < ITEMS + 1  # these rows alone
+    whole = [unique_counts(requests, snapshots) for _ in range(40)]
+    assert ITEMS + 1 in found
+    found.clear()
+    again = unique_counts(requests, snapshots)
+    assert not found
+    for these_TC, once_TC, first_TC in zip(again, whole[0], alone, strict=True):
+        np.testing.assert_array_equal(these_TC, once_TC)
+        np.testing.assert_array_equal(these_TC[:len(first_TC)], first_TC)
+
+
+def test_what_is_kept_of_states_is_bounded(folder, monkeypatch):
+    snapshots, made = made_channels(folder, 78).snapshots, []
+    monkeypatch.setattr(neighbors, "KEPT_BYTES", 200)
+
+    def ask(state, asked=10):
+        state_C = np.array([state, 0])
+        return snapshots.kept(state_C, lambda: made.append(state) or np.full(10, state, np.int64), asked, 10)
+
+    assert ask(0, 9) is None and not made
+    assert ask(0, 1).tolist() == [0] * 10 and made == [0]
+    ask(1), ask(0), ask(2)  # 80 bytes each: two fit, the one that was used longest ago goes
+    assert made == [0, 1, 2]
+    ask(0), ask(2)
+    assert made == [0, 1, 2]
+    assert ask(1, 9) is None  # gone, and counted from the beginning
+    ask(1, 1)
+    assert made == [0, 1, 2, 1]
+    monkeypatch.setattr(neighbors, "KEPT_BYTES", 0)
+    ask(3), ask(3)
+    assert made == [0, 1, 2, 1, 3]  # one stays, however large
 
 
 def test_uniqueness_does_not_depend_on_the_block(folder, monkeypatch):
