@@ -19,6 +19,9 @@ clock and item features beside ids, and row-wise Adagrad for tables; RecBole has
 
     whole run; training alone (without loading, start-up, checkpoint's and index's ends): ours / RecBole's sequences/s
     waiting for data: the share of training time, from the train_step events of the same runs, of the slowest worker
+    standing for the index: seconds in which training waits for the vectors of an epoch to be taken, and for the index
+        of the epoch before where that is not there yet, over training time (events vectors and followed_up). What comes
+        after the last epoch keeps no training up and does not count
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from worlds import make_world
 SHAPE = {"dim": 64, "hidden": 256, "layers": 2, "heads": 2, "history": 32, "dropout": 0.1}
 WINDOWS, ITEMS, VIEWS, DAYS = 128, 1500, 60, 14
 MODEL = "transformer"
-REACH, WAITING = 2.0, 0.03
+REACH, WAITING, STANDING = 2.0, 0.03, 0.02
 
 
 def write_log(folder: Path, users: int) -> int:
@@ -85,7 +88,16 @@ def ours(folder: Path, config: Path, epochs: int) -> dict[str, Any]:
     group = next(event for event in events if event["event"] == "group")
     steps = [event for event in events if event["event"] == "train_step"]
     sequences = group["training_targets"] * epochs
-    return {"whole_s": whole_s, "sequences": sequences, "batch": sequences / steps[-1]["steps"], **of_steps(steps)}
+    found = of_steps(steps)
+    return {"whole_s": whole_s, "sequences": sequences, "batch": sequences / steps[-1]["steps"], **found,
+            "standing": standing_s(events, epochs) / found["train_s"]}
+
+
+def standing_s(events: Sequence[Mapping[str, Any]], epochs: int) -> float:
+    """Seconds in which the training of one model stood for its indexes, but for the last epoch's."""
+    seconds = {"vectors": "seconds", "followed_up": "waited_s"}
+    return sum(event[seconds[event["event"]]] for event in events
+               if event["event"] in seconds and event["epoch"] < epochs)
 
 
 def of_steps(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -157,6 +169,8 @@ def main() -> int:
     # A run that never waited has a share of 0, which is no ratio.
     rows.append(row("training run: waiting for data / training time", [max(one["waiting"], 1e-6) for one in found],
                     WAITING, "lower", sizes=f"{WINDOWS} windows a step, {workers} workers"))
+    rows.append(row("training run: standing for the index / training time", [one["standing"] for one in found],
+                    STANDING, "lower", sizes=f"{ITEMS:,} items, {arguments.epochs} epochs, {workers} workers"))
     return report(rows, arguments)
 
 

@@ -253,6 +253,9 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
             _train_epoch(running, plans[position.epoch], position)
             position.epoch, position.step = position.epoch + 1, 0
             facts = _follow_up(running, position)
+            waited_s = _settle(running, running.begun - 1)
+            running.write("followed_up", model=running.name, epoch=position.epoch, step=position.global_step,
+                          waited_s=waited_s)
             _save(running, position, settled=running.begun - 1, pending=Pending(facts, {}))
             _stop_if_agreed(running, position)
         running.saver.wait()
@@ -508,9 +511,9 @@ def _begin_again(running: _Running, position: Position) -> None:
     running.begun += 1
 
 
-def _settle(running: _Running, count: int) -> None:
-    """Waits for what follows the first `count` epochs and makes the results known to all workers."""
-    task = running.task
+def _settle(running: _Running, count: int) -> float:
+    """Waits for what follows the first `count` epochs and makes the results known to all workers; seconds of it."""
+    task, began = running.task, time.perf_counter()
 
     def results() -> list[Result]:
         try:
@@ -523,6 +526,7 @@ def _settle(running: _Running, count: int) -> None:
     found = running.workers.on_first(results) or []
     found = running.workers.agree([result.as_json() for result in found])
     running.results = running.results[:running.resumed] + [task.result_type(**result) for result in found]
+    return time.perf_counter() - began
 
 
 def _save_amid(running: _Running, position: Position) -> None:

@@ -48,6 +48,13 @@ def test_what_is_carried_on_rises_by_the_last_two_sizes_and_never_less_than_the_
     assert carried([1, 4], [10.0, 11.0], 8) == pytest.approx(22.0)
 
 
+def test_standing_for_the_index_counts_all_epochs_but_the_last(bench):
+    events = [{"event": "vectors", "epoch": 1, "seconds": 0.5}, {"event": "followed_up", "epoch": 1, "waited_s": 0.0},
+              {"event": "index", "epoch": 1, "build_s": 9.0}, {"event": "vectors", "epoch": 2, "seconds": 0.25},
+              {"event": "followed_up", "epoch": 2, "waited_s": 1.0}, {"event": "vectors", "epoch": 3, "seconds": 8.0}]
+    assert bench.training_run.standing_s(events, epochs=3) == 1.75
+
+
 def test_figures_are_kept_and_those_of_another_run_are_not_mixed_in(bench, tmp_path):
     figures = bench.growth.Figures(tmp_path / "growth.json", {"rows": 10, "times": [1, 4]})
     for rows, seconds in ((40, 8.0), (10, 2.0)):
