@@ -163,23 +163,52 @@ def merged(before: Mapping[str, Any], now: Mapping[str, Any], chosen: Sequence[B
 
 # ----------------------------------------------------------------------------------------------------------- the page
 
-def table(results: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a section of BENCHMARKS.md."""
-    yield f"Hardware: {results['hardware']}; load is that of the machine as a row's script ended."
+def hardware_line(results: Mapping[str, Any]) -> str:
+    return f"Hardware: {results['hardware']}; load is that of the machine as a row's script ended."
+
+
+def kept_rows(page: str, section: str, results: Mapping[str, Any]) -> list[str]:
+    """The lines of a section of the page that the results say nothing of: of other scripts, and what was not run.
+
+    Raises:
+        SystemExit: they are of another machine, beside which the results cannot stand.
+    """
+    lines = page.partition(f"<!-- {section}: begin -->")[2].partition(f"<!-- {section}: end -->")[0].splitlines()
+    said = {one["command"] for one in results["rows"]}
+    kept = [text for text in lines if text.endswith(" |") and "`" in text and text.split("`")[1] not in said]
+    told = tuple(f"- {one[key]}: " for one in [*results["rows"], *results["not_run"]] for key in ("name", "benchmark"))
+    kept += [text for text in lines if text.startswith("- ") and not text.startswith(told)]
+    if kept and hardware_line(results) not in lines:
+        raise SystemExit(f"{PAGE.name}: its section {section} has rows of another machine that these results do not "
+                         f"measure ({kept[0].split('|')[1].strip()}, ..); run all of them, or give another --section")
+    return kept
+
+
+def table(results: Mapping[str, Any], kept: Sequence[str] = ()) -> Iterator[str]:
+    """The lines of a section of BENCHMARKS.md, in the order of BENCHMARKS.
+
+    Args:
+        kept: of kept_rows.
+    """
+    yield hardware_line(results)
     yield ""
     yield "| row | ratio | least, most | reach | | sizes | command | commit, day, load |"
     yield "|---|---|---|---|---|---|---|---|"
-    for one in results["rows"]:
-        low, high = (number(value) for value in one["spread"])
-        verdict = "ok" if one["ok"] else "**short**"
-        yield (f"| {one['name']} | {number(one['ratio'])} | {low}, {high} | {mark(one)} | "
-               f"{'' if one['reach'] is None else verdict} | {one.get('sizes', '')} | `{one['command']}` | "
-               f"{one['commit']}, {one['date']}, {one['load']:.1f} |")
-    if results["not_run"]:
-        yield ""
-        yield "Not measured here:"
-        for one in results["not_run"]:
-            yield f"- {one['name']}: {one['why']}"
+    order = {one.command: at for at, one in enumerate(BENCHMARKS)}
+    lines = [*(text for text in kept if text.startswith("|")), *map(table_line, results["rows"])]
+    yield from sorted(lines, key=lambda text: order.get(text.split("`")[1], len(order)))
+    not_run = [*(text for text in kept if text.startswith("- ")),
+               *(f"- {one['name']}: {one['why']}" for one in results["not_run"])]
+    if not_run:
+        yield from ("", "Not measured here:", *not_run)
+
+
+def table_line(one: Mapping[str, Any]) -> str:
+    low, high = (number(value) for value in one["spread"])
+    verdict = "ok" if one["ok"] else "**short**"
+    return (f"| {one['name']} | {number(one['ratio'])} | {low}, {high} | {mark(one)} | "
+            f"{'' if one['reach'] is None else verdict} | {one.get('sizes', '')} | `{one['command']}` | "
+            f"{one['commit']}, {one['date']}, {one['load']:.1f} |")
 
 
 def written(page: str, section: str, lines: Sequence[str]) -> str:
@@ -210,9 +239,11 @@ def main() -> int:
             print(f"{one.name:<16} {lacking(one) or one.command}")
         return 0
     if arguments.write:
-        results = json.loads(arguments.results.read_text(encoding="utf-8"))
-        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), arguments.section, list(table(results))),
-                        encoding="utf-8")
+        if not arguments.results.exists():
+            raise SystemExit(f"{arguments.results}: not there; run make bench first, then --write")
+        results, page = json.loads(arguments.results.read_text(encoding="utf-8")), PAGE.read_text(encoding="utf-8")
+        kept = kept_rows(page, arguments.section, results)
+        PAGE.write_text(written(page, arguments.section, list(table(results, kept))), encoding="utf-8")
         return 0
     rows, not_run, failed = run_all(chosen, arguments.rounds)
     results = {"hardware": hardware(), "commit": commit(), "rows": rows, "not_run": not_run}

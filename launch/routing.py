@@ -185,7 +185,8 @@ def choose_overlap(run: Run, executor: Executor) -> dict[str, Any]:
         return {"value": 0.0, "from": f"nothing: {first.name} was not trained"}
     scores = [RouterScores.open(run, first.name, seed, first.diversity, VALIDATION) for seed in config.seeds]
     parts = executor.each(lambda number: validation_recall(Run(config, folder), number, scores), run.store.shards)
-    return {"from": "validation requests", **chosen_overlap(np.concatenate(list(parts), axis=1))}
+    recall, users = zip(*parts, strict=True)
+    return {"from": "validation requests", **chosen_overlap(np.concatenate(recall, axis=1), np.concatenate(users))}
 
 
 def open_routers(run: Run, overlap: float = 0.0) -> tuple[list[Subject], dict[str, str]]:

@@ -36,7 +36,7 @@ from trainer.sequences import SequenceShard
 from trainer.triggers import TriggerRequests
 
 EPSILON = 1e-6  # eps of Eq. 11
-MOST_KEPT = 1 << 25  # items x channels whose counts are found for all of them and kept: 256 MiB
+MOST_KEPT = 1 << 23  # items x channels whose counts are found for all and kept: 64 MiB, four times while in the making
 ROWS_AT_ONCE = 16_384  # items whose lists of all channels are compared at once
 
 

@@ -66,10 +66,11 @@ JOINT = "-joint"
 # The joint assignment: place l of a list (from 0) counts 1 / (1 + l / depth) of its item's value, so that the first K
 # are covered before the rest. Items count by their greatest chance: what several channels bring counts once.
 JOINT_DEPTH = 10.0
-# What routing.overlap is chosen from, and how many standard errors of the paired difference the best of them must lie
-# above 0, which is the paper's own rule, to be taken in its place. The best of eight lies two above by chance alone.
+# What routing.overlap is chosen from; how many standard errors of the paired difference the best of them must lie above
+# 0, which is the paper's own rule, to be taken in its place (the best of eight lies two above by chance); and from
+# how many users on an error can be told.
 OVERLAPS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-OVERLAP_ERRORS = 3.0
+OVERLAP_ERRORS, OVERLAP_USERS = 3.0, 30
 # How far the router's own view of a list scales the values of its items, and by how much at most.
 JOINT_TRUST, JOINT_FACTOR = 0.25, 4.0
 
@@ -422,9 +423,10 @@ def judge_shard(run: Run, number: int, subjects: Sequence[Subject], hash_limit: 
                           {name: pa.concat_tables(parts) for name, parts in picked.items()})
 
 
-def validation_recall(run: Run, number: int, scores: Sequence[RouterScores]) -> np.ndarray:
+def validation_recall(run: Run, number: int, scores: Sequence[RouterScores]) -> tuple[np.ndarray, np.ndarray]:
     """What each of OVERLAPS brings a shard's validation requests, which are training requests of users whom no router
-    was fitted on: float64 (len(OVERLAPS), R), the mean of recall@K over routing.at, the budgets and the scores.
+    was fitted on: float64 (len(OVERLAPS), R), the mean of recall@K over routing.at, the budgets and the scores; and
+    int64 (R,), their users.
 
     Args:
         scores: of a router's seeds, of the validation requests.
@@ -446,29 +448,33 @@ def validation_recall(run: Run, number: int, scores: Sequence[RouterScores]) -> 
                      for pick_RCB in _independent(one.matrices(table, part)[1], part, block, budgets, overlap).values()]
             recalls.append(np.mean([routing.recall(rank_F, future, at) for rank_F in ranks], axis=(0, 1)))
         found.append(np.stack(recalls))
-    return np.concatenate(found, axis=1)
+    return np.concatenate(found, axis=1), requests.user_id_R
 
 
-def chosen_overlap(recall_OR: np.ndarray) -> dict[str, Any]:
-    """The overlap with the best mean recall, unless that is within OVERLAP_ERRORS standard errors of 0's: then 0.
+def chosen_overlap(recall_OR: np.ndarray, user_id_R: np.ndarray) -> dict[str, Any]:
+    """The overlap with the best mean recall, unless that is within OVERLAP_ERRORS standard errors of 0's: then 0. So it
+    is, too, with fewer users than an error can be told from. Requests of one user are not independent of each other, so
+    the error is that of users (a cluster each).
 
     Args:
-        recall_OR: of validation_recall, all shards.
+        recall_OR, user_id_R: of validation_recall, all shards.
 
     Returns:
-        value; best; recall: by overlap; gain_over_0 and its standard_error, of the best one; requests.
+        value; best; recall: by overlap; gain_over_0 and its standard_error, of the best one; requests, users.
     """
-    recall_OR = recall_OR[:, np.isfinite(recall_OR).all(axis=0)]
-    requests = recall_OR.shape[1]
+    is_known_R = np.isfinite(recall_OR).all(axis=0)
+    recall_OR, user_R = recall_OR[:, is_known_R], np.unique(user_id_R[is_known_R], return_inverse=True)[1].ravel()
+    requests, users = recall_OR.shape[1], len(np.unique(user_R))
     if not requests:
-        return {"value": 0.0, "requests": 0}
+        return {"value": 0.0, "requests": 0, "users": 0}
     mean_O = recall_OR.mean(axis=1)
     best = int(mean_O.argmax())
     step_R = recall_OR[best] - recall_OR[OVERLAPS.index(0.0)]
-    error = float(step_R.std() / np.sqrt(requests))
-    taken = OVERLAPS[best] if step_R.mean() > OVERLAP_ERRORS * error else 0.0
-    return {"value": taken, "best": OVERLAPS[best], "requests": requests, "gain_over_0": float(step_R.mean()),
-            "standard_error": error,
+    apart_U = np.bincount(user_R, step_R - step_R.mean())
+    error = float(np.sqrt((apart_U**2).sum() * users / max(users - 1, 1)) / requests)
+    is_sure = users >= OVERLAP_USERS and step_R.mean() > OVERLAP_ERRORS * error
+    return {"value": OVERLAPS[best] if is_sure else 0.0, "best": OVERLAPS[best], "requests": requests, "users": users,
+            "gain_over_0": float(step_R.mean()), "standard_error": error,
             "recall": {f"{overlap:g}": float(mean) for overlap, mean in zip(OVERLAPS, mean_O, strict=True)}}
 
 

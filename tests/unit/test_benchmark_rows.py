@@ -130,5 +130,29 @@ def test_a_section_of_the_page_is_replaced_and_nothing_else(bench):
         bench.run_all.written(page, "gpu", [])
 
 
+def test_what_was_not_measured_again_stays_on_the_page(bench):
+    def results(name, script, ratio, hardware="2 cores", not_run=()):
+        stamp = {"command": f"python benchmarks/{script}", "commit": "abc", "date": "2026-11-26", "load": 1.0,
+                 "benchmark": script.removesuffix(".py")}
+        return {"hardware": hardware, "not_run": list(not_run), "rows": [{**bench.rows.row(name, [ratio], 2), **stamp}]}
+
+    def put(page, found):
+        kept = bench.run_all.kept_rows(page, "cpu", found)
+        return bench.run_all.written(page, "cpu", list(bench.run_all.table(found, kept)))
+
+    card = {"name": "gpu: a card", "benchmark": "gpu"}
+    page = put("<!-- cpu: begin -->\n<!-- cpu: end -->\n", results("swing", "swing.py", 5.0, not_run=[
+        {**card, "why": "none: it ended with 3: see there"},
+        {"name": "ingest", "benchmark": "ingest", "why": "no peers"}]))
+    page = put(page, results("ingest", "ingest.py", 3.0))
+    assert [line.split("|")[1].strip() for line in page.splitlines() if "`" in line] == ["ingest", "swing"]
+    assert "- gpu: a card: none: it ended with 3: see there" in page and "no peers" not in page
+    page = put(page, results("swing", "swing.py", 7.0, not_run=[{**card, "why": "still none"}]))
+    assert "| swing | 7 |" in page and "| swing | 5 |" not in page and "| ingest | 3 |" in page
+    assert [line for line in page.splitlines() if line.startswith("- ")] == ["- gpu: a card: still none"]
+    with pytest.raises(SystemExit, match="another machine"):
+        put(page, results("swing", "swing.py", 7.0, hardware="64 cores"))
+
+
 def test_the_page_has_the_section_that_make_bench_writes(bench):
     bench.run_all.written((ROOT / "BENCHMARKS.md").read_text(), "cpu", [])

@@ -1,7 +1,9 @@
 """Every channel: against plain loops, blind to everything from its watermark on, and published whole by the stage."""
 
 from collections import defaultdict
+from dataclasses import replace
 from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_requests import CONFIG, made_rule, made_shard, made_statistics
 from made_shards import MadeStore, random_rows, rows_of, seen
 from made_views import made_catalogue
 
@@ -19,6 +22,7 @@ from embeddings.snapshots import list_snapshots, publish, read_manifest
 from launch import channels as stage
 from launch.ingest import SerialExecutor as SerialIngest
 from launch.ingest import ingest
+from trainer import item_statistics, item_value
 from trainer.channels import CHANNELS, Given, build_channel, nearest, pairwise_lr, watermarks
 from trainer.channels.blocks import near_pairs
 from trainer.channels.embedding import shifted_ppmi, truncated_svd
@@ -26,10 +30,13 @@ from trainer.channels.nearest import nearest_neighbors
 from trainer.channels.pairwise_lr import candidates, count_labels, fit_binomial, pair_features
 from trainer.channels.session import sessions
 from trainer.co_views import CoViews
-from trainer.item_statistics import ItemStatistics
+from trainer.item_statistics import ItemStatistics, StatisticsSnapshots
 from trainer.logs import NULL_SESSION
-from trainer.neighbors import NeighborLists, read_neighbors
+from trainer.neighbors import ChannelSnapshots, NeighborLists, publish_neighbors, read_neighbors
+from trainer.replay import rewards_ms
 from trainer.sequences import SequenceStore
+from trainer.triggers import is_future_view, is_routing_test_user, trigger_requests
+from trainer.vocabulary import Vocabulary
 
 HOUR, DAY = 3_600_000, 86_400_000
 T0 = 1_641_168_000_000  # 3 January 2022, 00:00 UTC
@@ -207,6 +214,41 @@ def test_a_pair_that_co_occurs_later_is_in_no_earlier_list(name):
     early = pairs_of(lists_of(name, before + later, t, **config))
     assert (1, 2) in early and not early & {(1, 5), (5, 1)}
     assert (1, 5) in pairs_of(lists_of(name, before + later, t + 5 * HOUR, **config))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "content"])
+def test_no_label_and_no_candidate_knows_of_a_pair_that_co_occurs_later(name, tmp_path):
+    """The pair of the test above, published, and a user who watches 1, then 5, then 5 again: at a request between the
+    first two neither the label of trigger 1 nor a candidate says so; at one that sees the later snapshot both do."""
+    t, hour = 10 * HOUR, HOUR
+    before = rows_of(*((user, item, item * HOUR, 1) for user in range(4) for item in (1, 2, 3, 4)),
+                     *((user, item, item * HOUR, 1) for user in range(4, 8) for item in (5, 6, 7)))
+    later = rows_of(*((user, item, t + k * HOUR, 2) for user in range(8, 16) for k, item in enumerate((1, 8, 5))))
+    vocabulary = Vocabulary(np.arange(1, 9) * 10)
+    for watermark in (t, t + 5 * hour):
+        lists = lists_of(name, before + later, watermark, embedding={"dim": 100}, pairwise_lr={"label_h": 2.0})
+        publish_neighbors(tmp_path / name, watermark, lists, vocabulary, {})
+        item_statistics.publish(tmp_path, watermark, made_statistics(np.random.default_rng(0), 9, watermark),
+                                vocabulary, {})
+    config = CONFIG.model_copy(update={"channels": CONFIG.channels.model_copy(update={"names": [name]})})
+    snapshots = ChannelSnapshots(tmp_path, config.channels, vocabulary, [name])
+    user = next(u for u in range(9) if not is_routing_test_user(np.array([u]), config)[0])
+    time_E = np.array([t - hour, t + 2 * hour, t + 7 * hour])
+    shard = replace(made_shard(0, users=1, longest=0), user_id_U=np.array([user]), length_U=np.array([3], np.int32),
+                    item_row_E=np.array([1, 5, 5], np.int32), timestamp_ms_E=time_E, feedback={},
+                    watch_time_s_E=np.full(3, 9, np.float32), duration_s_E=np.full(3, 9, np.float32),
+                    is_effective_E=np.ones(3, bool), is_target_E=np.ones(3, bool), is_ordinal_E=np.zeros(3, bool))
+    rule = made_rule(cuts=((t + hour, t + 3 * hour), (t + 6 * hour, t + 9 * hour)))
+    requests = trigger_requests(shard, 0, rule, config)
+    reward_ms_T = rewards_ms(shard, requests, is_future_view(shard, rule), snapshots, [5], 0.0)[0, :, 0]
+    catalogue = SimpleNamespace(item_id_N=np.arange(9), duration_s_N=np.full(9, np.nan, np.float32))
+    found, _ = item_value.candidates(shard, requests, snapshots,
+                                     StatisticsSnapshots(tmp_path, config.channels, vocabulary), catalogue)
+    brought = [set(found.row_K[found.request_K == r].tolist()) for r in range(2)]
+    reward = dict(zip(zip(requests.request_T.tolist(), requests.trigger_row_T.tolist(), strict=True),
+                      reward_ms_T.tolist(), strict=True))
+    assert reward[0, 1] == 0 and 5 not in brought[0] and 2 in brought[0]
+    assert reward[1, 1] == 9000 and 5 in brought[1]
 
 
 @pytest.mark.parametrize("vectors", [True, False])

@@ -23,7 +23,7 @@ from trainer.routing_evaluation import (
     validation_recall,
 )
 from trainer.routing_results import in_words
-from trainer.triggers import is_routing_test_user, is_validation_user
+from trainer.triggers import is_validation_user
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,19 @@ def test_union_of_a_router_equals_sets(folder):
     assert told["union@all"]["per_seed"]["0"] == pytest.approx(np.mean(wanted))
 
 
+def plain_validation_recall(run, shard, part, block, r, scores, number):
+    """The mean over seeds, budgets and K of one request's recall under the paper's own rule, from scores and lists."""
+    views = [e for e in range(part.history_end_R[r], part.future_end_R[r]) if shard.watch_time_s_E[e] >= 2]
+    wanted = {int(shard.item_row_E[e]) for e in views[:run.config.replay.window]}
+    found = []
+    for one in scores:
+        score_TC = one.matrices(one.of(number), part)[1]
+        score_NC = score_TC[part.trigger_offset_R1[r]:part.trigger_offset_R1[r + 1]]
+        orders = [by_score(score_N) for score_N in score_NC.T]
+        found += [naive_recall(block, r, orders, budget, k, wanted) for budget in (2, 4) for k in AT]
+    return np.mean(found)
+
+
 def test_the_overlap_is_chosen_on_validation_requests_alone(folder, metrics):
     config = routing_config(folder, overlap=None)
     run = Run(config, folder)
@@ -166,41 +179,91 @@ def test_the_overlap_is_chosen_on_validation_requests_alone(folder, metrics):
         for path in hidden:
             path.with_suffix(".hidden").rename(path)
     assert choice["from"] == "validation requests" and choice["requests"] > 3
-    assert choice["value"] in OVERLAPS and list(choice["recall"]) == [f"{overlap:g}" for overlap in OVERLAPS]
+    assert list(choice["recall"]) == [f"{overlap:g}" for overlap in OVERLAPS]
     scores = [RouterScores.open(run, "capts", seed, True, VALIDATION) for seed in (0, 1)]
-    asked = [run.requests(number, "train") for number in range(run.store.shards)]
-    asked = [requests.take(is_validation_user(requests.user_id_R, config)) for requests in asked]
-    told = [validation_recall(run, number, scores) for number in range(run.store.shards)]
-    assert [one.shape for one in told] == [(len(OVERLAPS), len(requests)) for requests in asked]
-    assert not any(is_routing_test_user(requests.user_id_R, config).any() for requests in asked)
+    told, wanted, users = [validation_recall(run, number, scores) for number in range(run.store.shards)], [], []
+    for number in range(run.store.shards):
+        asked = run.requests(number, "train")
+        asked = asked.take(is_validation_user(asked.user_id_R, config))
+        shard = run.store.open(number)
+        for part, block in run.blocks(number, asked, "train"):
+            for r in range(len(part)):
+                wanted.append(plain_validation_recall(run, shard, part, block, r, scores, number))
+                users.append(int(part.user_id_R[r]))
+    np.testing.assert_allclose(np.concatenate([recall_OR for recall_OR, _ in told], axis=1)[0], wanted, rtol=1e-6)
+    assert np.concatenate([user_R for _, user_R in told]).tolist() == users
+    assert choice["recall"]["0"] == pytest.approx(np.mean(wanted)) and choice["users"] == len(set(users))
     with pytest.raises(InputError, match="validation.parquet: no scores of the router"):
         RouterScores.open(run, "capts", 7, True, VALIDATION)
+
+
+def repeated_share(folder, name):
+    """Of the value of the lists that the published picks bring, what a pick of the same channel before them brought:
+    the mean over picks."""
+    run, rows = Run(routing_config(folder), folder), pq.read_table(folder / f"routing/{name}.parquet").to_pandas()
+    shares = []
+    for number in range(run.store.shards):
+        for part, block in run.blocks(number, run.requests(number, "test"), "test"):
+            ids = run.store.vocabulary.ids_of(part.trigger_row_T)
+            for r in range(len(part)):
+                begin, end = part.trigger_offset_R1[r:r + 2]
+                at = dict(zip(ids[begin:end].tolist(), range(begin, end), strict=True))
+                mine = rows[(rows.request_id == part.request_id_R[r])].sort_values("rank")
+                for channel, picks in mine.groupby("channel", observed=True):
+                    c, held = NAMES.index(channel), set()
+                    for item in picks.trigger_item_id:
+                        list_L, value_L = block.list_TCL[at[item], c], block.value_TCL[at[item], c]
+                        total = value_L[list_L > 0].sum()
+                        again = sum(value for i, value in zip(list_L, value_L, strict=True) if i in held)
+                        shares.append(again / total if total > 0 else 0.0)
+                        held |= set(list_L[list_L > 0].tolist())
+    return np.mean(shares)
 
 
 def test_an_overlap_changes_the_picks_of_routers_alone(folder, metrics):
     evaluate_routing(routing_config(folder, overlap=0.5), folder, SerialExecutor())
     spread = json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text())
     serving = json.loads((folder / "routing" / "serving.json").read_text())
+    after = [repeated_share(folder, name) for name in (*ROUTERS, "pdn")]
     evaluate_routing(routing_config(folder), folder, SerialExecutor())
+    before = [repeated_share(folder, name) for name in (*ROUTERS, "pdn")]
     assert json.loads((folder / "evaluation" / "routing" / "metrics.json").read_text()) == metrics["routing"]
     assert spread["overlap"] == {"value": 0.5, "from": "config"} and serving["overlap"] == 0.5
     for name in ("recent", "pdn", "oracle", "capts-joint"):
         assert spread[name]["budget=2"]["overall"]["recall@all"] == metrics["routing"][name]["budget=2"]["overall"][
             "recall@all"]
-    longer = [spread[name]["budget=2"]["overall"]["union@all"]["mean"] -
-              metrics["routing"][name]["budget=2"]["overall"]["union@all"]["mean"] for name in ROUTERS]
-    assert all(longer)
+    assert after[0] < 0.8 * before[0] and after[1] < 0.8 * before[1] and after[2] == before[2] > 0, (before, after)
 
 
 def test_an_overlap_is_taken_where_it_is_surely_better():
     rng = np.random.default_rng(0)
-    recall_OR = np.full((len(OVERLAPS), 400), 0.2) + rng.normal(0, 0.05, (1, 400))
+    recall_OR, user_R = np.full((len(OVERLAPS), 400), 0.2) + rng.normal(0, 0.05, (1, 400)), np.arange(400)
     noisy = recall_OR + rng.normal(0, 0.05, recall_OR.shape)
     noisy[3] += 0.002
-    assert chosen_overlap(noisy)["value"] == 0.0 and chosen_overlap(noisy)["best"] != 0.0
+    assert chosen_overlap(noisy, user_R)["value"] == 0.0 and chosen_overlap(noisy, user_R)["best"] != 0.0
     noisy[3] += 0.02
-    assert chosen_overlap(noisy)["value"] == chosen_overlap(noisy)["best"] == OVERLAPS[3]
-    assert chosen_overlap(np.full((len(OVERLAPS), 2), np.nan)) == {"value": 0.0, "requests": 0}
+    choice = chosen_overlap(noisy, user_R)
+    assert choice["value"] == choice["best"] == OVERLAPS[3]
+    step_R = noisy[3] - noisy[0]
+    assert choice["standard_error"] == pytest.approx(step_R.std(ddof=1) / 20) and choice["users"] == 400
+    nothing = chosen_overlap(np.full((len(OVERLAPS), 2), np.nan), np.arange(2))
+    assert nothing == {"value": 0.0, "requests": 0, "users": 0}
+
+
+def test_an_overlap_is_not_chosen_by_few_users():
+    """Many requests of few users are no more than these users; and one request has no error at all."""
+    rng = np.random.default_rng(1)
+    recall_OU = np.full((len(OVERLAPS), 40), 0.2) + rng.normal(0, 0.05, (1, 40))
+    recall_OU[3] += rng.normal(0.02, 0.05, 40)
+    once, often = chosen_overlap(recall_OU, np.arange(40)), chosen_overlap(np.repeat(recall_OU, 9, axis=1),
+                                                                         np.repeat(np.arange(40), 9))
+    assert once["value"] == often["value"] == 0.0 < once["gain_over_0"]
+    assert once["standard_error"] == pytest.approx(often["standard_error"]) and often["requests"] == 360
+    surely = np.full((len(OVERLAPS), 29), 0.2)
+    surely[3] += 0.1
+    assert chosen_overlap(surely, np.arange(29))["value"] == 0.0
+    assert chosen_overlap(surely[:, :1], np.arange(1))["value"] == 0.0
+    assert chosen_overlap(np.pad(surely, ((0, 0), (0, 1)), mode="edge"), np.arange(30))["value"] == OVERLAPS[3]
 
 
 def test_pick_files_hold_the_largest_budget(folder):
