@@ -167,6 +167,35 @@ def trained(folder, case, workers, stop=None, model=0):
                    "checkpoint": Path(found.checkpoint).name, "scored": (scored_before, workers.agree(is_scored(task)))}
 
 
+def tables_from_crm(folder, workers):
+    """The tables of a CRM model that both workers saved, and those of a router that starts from them."""
+    from embeddings.table_state import save_tables
+    from embeddings.tables import ShardedTables, gather_full
+    from trainer.crm import FeatureSizes, table_specs
+    from trainer.router_data import RouterData
+    from trainer.router_task import RouterTask
+
+    made = config_of(folder, from_crm=True).model_dump()
+    config = Config.model_validate(made | {"crm": {**made["crm"], "tables": {**made["crm"]["tables"], "dim": 4}}})
+    data, name, device = RouterData(config, folder), config.crm.published, torch.device("cpu")
+    crm = ShardedTables(table_specs(FeatureSizes.of(data.catalogue, data.store.users), config.crm), device=device,
+                        optimizer=config.crm.tables.optimizer, learning_rate=0.1, seed=91)
+    for shard in crm.local_shards():
+        if shard.kind == "momentum":
+            shard.tensor.fill_(2.5)
+    checkpoint = folder / "checkpoints" / name / "seed=0" / "step-7"
+    told = folder / "evaluation" / name / "seed=0" / "summary.json"
+    summary = json.dumps({"checkpoint": "step-7", "index": {"folder": f"indexes/{name}/seed=0/0-7"}})
+    workers.on_first(lambda: (checkpoint.mkdir(parents=True), told.parent.mkdir(parents=True), told.write_text(summary)))
+    save_tables(crm, checkpoint, workers.rank)
+    workers.barrier()
+    router, _ = RouterTask(data, config.router.models[0], 0).build(device)
+    fresh, _ = RouterTask(RouterData(config_of(folder), folder), config.router.models[0], 0).build(device)
+    return {name: {table: rows.numpy() for table, rows in gather_full(tables, kind).items()} for name, tables, kind in (
+        ("crm", crm, "weight"), ("router", router, "weight"), ("fresh", fresh, "weight"),
+        ("momentum", router, "momentum"))}
+
+
 def two_workers(rank, world, folder):
     from trainer.router_data import RouterData
     from trainer.workers import Workers
@@ -181,6 +210,7 @@ def two_workers(rank, world, folder):
     told["bare"] = trained(folder, "bare", workers, model=1)
     told["first"] = trained(folder, "broken", workers, stop=STOP_MID + 1)
     told["second"] = trained(folder, "broken", workers)
+    told["from_crm"] = tables_from_crm(folder, workers)
     return told
 
 
@@ -230,6 +260,14 @@ def test_a_training_that_was_broken_off_goes_on_as_if_it_had_not_been(two):
     assert first["losses"] | second["losses"] == whole["losses"]  # to the last bit
     assert first["validation"] | second["validation"] == whole["validation"]
     assert second["best"] == whole["best"] and second["checkpoint"] == whole["checkpoint"]
+
+
+def test_a_router_starts_from_the_tables_of_crm_without_their_momentum(two):
+    found = two["from_crm"]
+    assert found["router"].keys() == found["crm"].keys() == found["momentum"].keys() and "item" in found["crm"]
+    for table, rows in found["crm"].items():
+        np.testing.assert_array_equal(found["router"][table], rows)
+        assert not np.array_equal(found["fresh"][table], rows) and not found["momentum"][table].any()
 
 
 def test_every_epoch_is_validated_and_the_best_one_scores(two, ranks):
