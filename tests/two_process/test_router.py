@@ -186,7 +186,9 @@ def tables_from_crm(folder, workers):
     checkpoint = folder / "checkpoints" / name / "seed=0" / "step-7"
     told = folder / "evaluation" / name / "seed=0" / "summary.json"
     summary = json.dumps({"checkpoint": "step-7", "index": {"folder": f"indexes/{name}/seed=0/0-7"}})
-    workers.on_first(lambda: (checkpoint.mkdir(parents=True), told.parent.mkdir(parents=True), told.write_text(summary)))
+    for place in (checkpoint, told.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    workers.on_first(lambda: told.write_text(summary))
     save_tables(crm, checkpoint, workers.rank)
     workers.barrier()
     router, _ = RouterTask(data, config.router.models[0], 0).build(device)
