@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_requests import CONFIG, made_rule, made_shard, made_statistics
@@ -275,13 +276,32 @@ def test_tower_vectors_are_the_newest_that_are_not_later(tmp_path):
         vectors = np.eye(8, dtype=np.float32)
         vectors[b - 1] = vectors[a - 1]
         vectors[3] = vectors[a - 1]  # item 4, which nobody has seen at 60
-        publish(folder / f"{watermark}-7", ItemIndex.build(vectors, item_ids, IndexSpec(device="cpu")).save, {})
+        bias = -np.arange(1, 9, dtype=np.float32)[:, None] * 3  # log popularity, about; it makes nobody a neighbour
+        held = np.concatenate([vectors, bias], axis=1)
+        publish(folder / f"{watermark}-7", ItemIndex.build(held, item_ids, IndexSpec(device="cpu")).save, {})
     config = {"embedding": {"source": "crm"}}
     assert pairs_of(lists_of("embedding", rows, 50, tmp_path, **config)) == {(1, 2), (2, 1)}
     assert pairs_of(lists_of("embedding", rows, 60, tmp_path, **config)) == {(1, 3), (3, 1)}
     assert (2, 4) in pairs_of(lists_of("embedding", rows, 90, tmp_path, **config))
     with pytest.raises(InputError, match="holds no index with a watermark up to 30 ms"):
         lists_of("embedding", rows, 30, tmp_path, **config)
+
+
+def test_neighbours_by_a_tower_are_by_its_vectors_and_not_by_its_bias(tmp_path):
+    """What CRM's index holds of items: two directions, and a bias that is the lower the fewer views an item has."""
+    from embeddings.similarity import Similarity
+
+    rng = np.random.default_rng(0)
+    direction = np.repeat(np.eye(2, 6, dtype=np.float32), 4, axis=0) + 0.1 * rng.normal(size=(8, 6)).astype(np.float32)
+    bias = np.array([-3, -4, -5, -12, -3, -4, -5, -12], np.float32)
+    held = Similarity("cosine").index_vectors(torch.from_numpy(direction), torch.from_numpy(bias)).numpy()
+    item_ids = made_catalogue(9).item_id_N[1:]
+    publish(tmp_path / "channel-embedding" / "seed=0" / "0-7",
+            ItemIndex.build(held, item_ids, IndexSpec(device="cpu")).save, {})
+    rows = rows_of(*((user, item, item) for user in range(2) for item in range(1, 9)))
+    lists = lists_of("embedding", rows, 50, tmp_path, embedding={"source": "crm"})
+    found = {tuple(sorted([item, *lists.of(item)[:3].tolist()])) for item in range(1, 9)}
+    assert found == {(1, 2, 3, 4), (5, 6, 7, 8)}
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW8"])

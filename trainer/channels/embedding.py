@@ -8,8 +8,9 @@ by a randomized truncated SVD (Halko et al. 2011, Algorithm 4.4 with four power 
 are summed in a fixed order, so a seed gives the same vectors up to rounding.
 
 `source: crm` takes the item vectors of an unconditioned tower, published as indexes/channel-embedding/seed=<s>/
-<watermark_ms>-<step>: of the index with the latest watermark that is not after the snapshot's. The index holds vectors
-whose inner product is the tower's similarity; the same product ranks items among each other.
+<watermark_ms>-<step>: of the index with the latest watermark that is not after the snapshot's; score: cosine. The last
+number of what an index holds is the item's bias, which stands for its popularity and is left out here: as a product of
+two biases, both far below 0, it would make the least watched items everybody's neighbours.
 
 Shape suffixes: I = items with vectors, N = vocabulary rows, D = width.
 """
@@ -47,7 +48,7 @@ class Embedding:
         if config.source == "svd":
             return {}
         found = tower_index(given.indexes, config.seed, watermark_ms)
-        return {"index": found.path.name, "index_files": read_manifest(found.path)["files"]}
+        return {"index": found.path.name, "index_files": read_manifest(found.path)["files"], "score": "cosine"}
 
     def build(self, views: CoViews, given: Given) -> Built:
         config, top, rows = given.config.embedding, given.config.top, views.rows
@@ -56,7 +57,7 @@ class Embedding:
             return Built(nearest_neighbors(vectors_ID, row_I, rows, top, given.threads), facts)
         row_I, vectors_ID = tower_vectors(tower_index(given.indexes, config.seed, views.watermark_ms).path, given,
                                           views.watermark_ms)
-        lists = nearest_neighbors(vectors_ID, row_I, rows, top, given.threads, normalize=False)
+        lists = nearest_neighbors(vectors_ID, row_I, rows, top, given.threads)
         return Built(lists, {"vectors": len(row_I), "width": vectors_ID.shape[1]})
 
 
@@ -113,7 +114,8 @@ def tower_index(indexes: Path | None, seed: int, watermark_ms: int) -> Snapshot:
 
 
 def tower_vectors(folder: Path, given: Given, watermark_ms: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 (I,) rows, float32 (I, D) vectors) of the index's items that were first seen before the watermark."""
+    """(int32 (I,) rows, float32 (I, D) vectors without the bias) of the index's items that were first seen before the
+    watermark."""
     from embeddings.index import INDEX_FILES, ItemIndex
     from trainer.vocabulary import Vocabulary
 
@@ -121,4 +123,4 @@ def tower_vectors(folder: Path, given: Given, watermark_ms: int) -> tuple[np.nda
     index = ItemIndex.load(folder, threads=given.threads)
     row_I = Vocabulary(given.catalogue.item_id_N[1:]).rows_of(index.item_ids)
     known_I = (row_I > 0) & (given.catalogue.first_seen_ms_N[row_I] < watermark_ms)
-    return row_I[known_I], index.vectors()[known_I]
+    return row_I[known_I], index.vectors()[known_I, :-1]  # (v, b) of embeddings.similarity.Similarity.index_vectors

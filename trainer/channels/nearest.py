@@ -16,9 +16,9 @@ SPARE = 2  # beyond the best and the item itself, so that few are looked up agai
 _SCORE_STEP = 1e-6  # scores closer than this count as equal: the last bits of a product depend on how it was blocked
 
 
-def nearest_neighbors(vectors_ID: np.ndarray, row_I: np.ndarray, rows: int, top: int, threads: int, *,
-                      normalize: bool = True) -> NeighborLists:
-    """Each item's `top` nearest others with a positive score; of equal scores the lower row first.
+def nearest_neighbors(vectors_ID: np.ndarray, row_I: np.ndarray, rows: int, top: int, threads: int
+                      ) -> NeighborLists:
+    """Each item's `top` nearest others by cosine, where that is positive; of equal scores the lower row first.
 
     The order among equals is ours and not the index's: scores are rounded to six decimals, and where the last of those
     looked up (`top` and a few more) is no worse than the last that is kept, twice as many are looked up.
@@ -27,7 +27,6 @@ def nearest_neighbors(vectors_ID: np.ndarray, row_I: np.ndarray, rows: int, top:
         vectors_ID: float32 (I, D); an item whose vector is zero has no neighbours.
         row_I: int32 vocabulary rows, distinct.
         rows: N.
-        normalize: cosine; False takes inner products of the vectors as they are.
     """
     from embeddings.index import IndexSpec, ItemIndex
 
@@ -36,8 +35,7 @@ def nearest_neighbors(vectors_ID: np.ndarray, row_I: np.ndarray, rows: int, top:
     vectors_ID, row_I = vectors_ID[usable].astype(np.float32), np.asarray(row_I)[usable]
     if len(row_I) < 2:
         return NeighborLists.empty(rows)
-    if normalize:
-        vectors_ID = vectors_ID / norm_I[usable, None].astype(np.float32)
+    vectors_ID = vectors_ID / norm_I[usable, None].astype(np.float32)
     lists = round(4 * len(row_I) ** 0.5)
     spec = (IndexSpec(device="cpu", threads=threads) if len(row_I) <= EXACT_UP_TO else
             IndexSpec(f"IVF{lists},Flat", {"nprobe": max(1, lists // 32)}, "cpu", threads))
