@@ -162,6 +162,26 @@ def test_the_same_run_again_does_nothing(untouched):
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.parquet")} == before
 
 
+def test_the_embedding_channel_of_a_tower(tmp_path):
+    """The tower is trained slice by slice, each snapshot is of an index that saw nothing later, and neighbours are no
+    less watched than items are on the whole (a bias that counts as a direction makes the least watched ones everybody's
+    neighbours)."""
+    run_dir = tmp_path / "run"
+    finish(start(run_dir, "stages=[channels]", "channels.names=[embedding]", "channels.embedding.source=crm",
+                 "data.synth.users=300", "data.synth.views_per_user=40"))
+    watermarks = sorted(int(path.name) for path in (run_dir / "channels" / "embedding").iterdir()
+                        if path.name.isdigit())
+    indexes = {int(path.name.split("-")[0]) for path in (run_dir / "indexes/channel-embedding/seed=0").iterdir()
+               if path.name[0].isdigit()}
+    assert len(watermarks) > 3 and indexes == set(watermarks)
+    lists = pq.read_table(run_dir / f"channels/embedding/{watermarks[-1]}/neighbors.parquet")
+    known = pq.read_table(run_dir / f"channels/item-statistics/{watermarks[-1]}/statistics.parquet")
+    views = dict(zip(known["item_id"].to_pylist(), known["views"].to_pylist(), strict=True))
+    neighbours = lists["neighbors"].combine_chunks().flatten().to_pylist()
+    assert len(lists) > 0.9 * len(views)
+    assert np.mean([views[item] for item in neighbours]) > 0.7 * np.mean(list(views.values()))
+
+
 def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched, tmp_path):
     run_dir = tmp_path / "run"
     # A checkpoint a step: the worker is as good as always killed amid a save, and training lasts longer than a signal
