@@ -179,7 +179,7 @@ def test_the_embedding_channel_of_a_tower(tmp_path):
     views = dict(zip(known["item_id"].to_pylist(), known["views"].to_pylist(), strict=True))
     neighbours = lists["neighbors"].combine_chunks().flatten().to_pylist()
     assert len(lists) > 0.9 * len(views)
-    assert np.mean([views[item] for item in neighbours]) > 0.7 * np.mean(list(views.values()))
+    assert np.mean([views[item] for item in neighbours]) > 0.5 * np.mean(list(views.values()))  # 0.9; with the bias 0.1
 
 
 def test_a_worker_killed_and_a_driver_ended_in_training_change_nothing(untouched, tmp_path):
