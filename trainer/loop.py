@@ -256,7 +256,7 @@ def train(task: Task, workers: Workers, write: Write) -> Trained:
             waited_s = _settle(running, running.begun - 1)
             running.write("followed_up", model=running.name, epoch=position.epoch, step=position.global_step,
                           waited_s=waited_s)
-            _save(running, position, settled=running.begun - 1, pending=Pending(facts, {}))
+            _save(running, position, pending=Pending(facts, {}))
             _stop_if_agreed(running, position)
         running.saver.wait()
         _settle(running, running.begun)
@@ -534,13 +534,13 @@ def _save_amid(running: _Running, position: Position) -> None:
     under way, the checkpoint keeps what it is made of. Collective."""
     pending = running.task.pending() if running.workers.first else None
     is_pending = running.workers.agree(pending is not None)
-    _save(running, position, settled=running.begun - is_pending, pending=pending)
+    _settle(running, running.begun - is_pending)
+    _save(running, position, pending=pending)
 
 
-def _save(running: _Running, position: Position, settled: int, pending: Pending | None) -> None:
-    """Begins a checkpoint at this position, with the results of the first `settled` epochs and, on the first worker,
-    what is pending of the one behind them. Collective."""
-    _settle(running, settled)
+def _save(running: _Running, position: Position, pending: Pending | None) -> None:
+    """Begins a checkpoint at this position, with the results that are settled and, on the first worker, what is pending
+    of the epoch behind them. Collective."""
     task, epoch, step = running.task, position.epoch, position.global_step
     state = {"epoch": epoch, "step": position.step, "global_step": step, "model": task.model_name, "seed": task.seed,
              "fingerprint": task.fingerprint(),

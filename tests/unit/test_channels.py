@@ -221,12 +221,12 @@ def test_a_pair_that_co_occurs_later_is_in_no_earlier_list(name):
 def test_no_label_and_no_candidate_knows_of_a_pair_that_co_occurs_later(name, tmp_path):
     """The pair of the test above, published, and a user who watches 1, then 5, then 5 again: at a request between the
     first two neither the label of trigger 1 nor a candidate says so; at one that sees the later snapshot both do."""
-    t, hour = 10 * HOUR, HOUR
+    t = 10 * HOUR
     before = rows_of(*((user, item, item * HOUR, 1) for user in range(4) for item in (1, 2, 3, 4)),
                      *((user, item, item * HOUR, 1) for user in range(4, 8) for item in (5, 6, 7)))
     later = rows_of(*((user, item, t + k * HOUR, 2) for user in range(8, 16) for k, item in enumerate((1, 8, 5))))
     vocabulary = Vocabulary(np.arange(1, 9) * 10)
-    for watermark in (t, t + 5 * hour):
+    for watermark in (t, t + 5 * HOUR):
         lists = lists_of(name, before + later, watermark, embedding={"dim": 100}, pairwise_lr={"label_h": 2.0})
         publish_neighbors(tmp_path / name, watermark, lists, vocabulary, {})
         item_statistics.publish(tmp_path, watermark, made_statistics(np.random.default_rng(0), 9, watermark),
@@ -234,12 +234,12 @@ def test_no_label_and_no_candidate_knows_of_a_pair_that_co_occurs_later(name, tm
     config = CONFIG.model_copy(update={"channels": CONFIG.channels.model_copy(update={"names": [name]})})
     snapshots = ChannelSnapshots(tmp_path, config.channels, vocabulary, [name])
     user = next(u for u in range(9) if not is_routing_test_user(np.array([u]), config)[0])
-    time_E = np.array([t - hour, t + 2 * hour, t + 7 * hour])
+    time_E = np.array([t - HOUR, t + 2 * HOUR, t + 7 * HOUR])
     shard = replace(made_shard(0, users=1, longest=0), user_id_U=np.array([user]), length_U=np.array([3], np.int32),
                     item_row_E=np.array([1, 5, 5], np.int32), timestamp_ms_E=time_E, feedback={},
                     watch_time_s_E=np.full(3, 9, np.float32), duration_s_E=np.full(3, 9, np.float32),
                     is_effective_E=np.ones(3, bool), is_target_E=np.ones(3, bool), is_ordinal_E=np.zeros(3, bool))
-    rule = made_rule(cuts=((t + hour, t + 3 * hour), (t + 6 * hour, t + 9 * hour)))
+    rule = made_rule(cuts=((t + HOUR, t + 3 * HOUR), (t + 6 * HOUR, t + 9 * HOUR)))
     requests = trigger_requests(shard, 0, rule, config)
     reward_ms_T = rewards_ms(shard, requests, is_future_view(shard, rule), snapshots, [5], 0.0)[0, :, 0]
     catalogue = SimpleNamespace(item_id_N=np.arange(9), duration_s_N=np.full(9, np.nan, np.float32))

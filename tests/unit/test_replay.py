@@ -13,7 +13,7 @@ from made_requests import (
     made_shard,
 )
 
-from trainer import neighbors, replay
+from trainer import neighbors
 from trainer.neighbors import NeighborLists
 from trainer.replay import (
     future_items,
@@ -114,18 +114,20 @@ def test_unique_items_are_those_of_sets(folder, shard, rule, seed):
     assert rho_TC.dtype == np.float32 and (rho_TC[length_TC == 0] == 0).all() and (rho_TC <= 1).all()
 
 
-def test_uniqueness_is_found_for_all_items_once_as_many_were_asked_for(folder, monkeypatch):
+def test_uniqueness_is_found_for_all_items_once_as_many_were_asked_for(folder):
     made, shard = made_channels(folder, 77), made_shard(3, users=4, longest=30)
     snapshots, requests = made.snapshots, requests_of(shard, made_rule())
-    found = []
-    monkeypatch.setattr(replay, "unique_of", lambda row_X, lists: found.append(len(row_X)) or unique_of(row_X, lists))
+    state_SC, _ = snapshots.states(requests.time_ms_R)
+
+    def kept():
+        """What is kept of each state; nothing is made by asking."""
+        return [snapshots.kept(state_C, lambda: pytest.fail("made anew"), 0, ITEMS + 1) for state_C in state_SC]
+
     alone = unique_counts(requests.take(np.arange(1)), snapshots)
-    assert found and max(found) < ITEMS + 1  # these rows alone
+    assert all(one is None for one in kept())  # these rows alone
     whole = [unique_counts(requests, snapshots) for _ in range(40)]
-    assert ITEMS + 1 in found
-    found.clear()
+    assert all(one.shape == (2, ITEMS + 1, len(snapshots.names)) for one in kept())
     again = unique_counts(requests, snapshots)
-    assert not found
     for these_TC, once_TC, first_TC in zip(again, whole[0], alone, strict=True):
         np.testing.assert_array_equal(these_TC, once_TC)
         np.testing.assert_array_equal(these_TC[:len(first_TC)], first_TC)

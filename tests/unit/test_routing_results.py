@@ -23,7 +23,7 @@ from trainer.routing_evaluation import (
     validation_recall,
 )
 from trainer.routing_results import in_words
-from trainer.triggers import is_validation_user
+from trainer.triggers import is_routing_test_user, is_validation_user
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +192,7 @@ def test_the_overlap_is_chosen_on_validation_requests_alone(folder, metrics):
                 users.append(int(part.user_id_R[r]))
     np.testing.assert_allclose(np.concatenate([recall_OR for recall_OR, _ in told], axis=1)[0], wanted, rtol=1e-6)
     assert np.concatenate([user_R for _, user_R in told]).tolist() == users
+    assert not is_routing_test_user(np.array(users), config).any()
     assert choice["recall"]["0"] == pytest.approx(np.mean(wanted)) and choice["users"] == len(set(users))
     with pytest.raises(InputError, match="validation.parquet: no scores of the router"):
         RouterScores.open(run, "capts", 7, True, VALIDATION)
