@@ -30,7 +30,8 @@ from typing import Any
 
 from configs.errors import WatchtowerError
 from configs.secrets import redacted
-from embeddings.untrusted import read_json
+from embeddings import elsewhere
+from embeddings.untrusted import parse_json, read_json
 
 FOLDER = "attempts"
 LOCK_WITHIN_S = 60.0
@@ -45,11 +46,13 @@ class Superseded(WatchtowerError):
 @dataclass(frozen=True)
 class Attempt:
     """An attempt at a run. driver: the driver's number. group: that of a group of training workers; None: the driver
-    itself, and the tasks that it spreads out."""
+    itself, and the tasks that it spreads out. place: what the record of the folder that is meant says of itself: a
+    process that finds another one at this path, or none, is on a node that does not share it."""
 
     run_dir: Path
     driver: int
     group: int | None = None
+    place: str | None = None
 
     @property
     def number(self) -> int:
@@ -90,6 +93,10 @@ class Attempt:
             Superseded: it does not.
             WatchtowerError: nobody can say.
         """
+        if elsewhere.of(self.run_dir) is not None:  # the folder's owner takes the lock, and looks again
+            self.check()
+            yield
+            return
         with _locked(self.run_dir, fcntl.LOCK_SH):
             self.check()
             yield
@@ -108,6 +115,11 @@ def act_for(attempt: Attempt | None) -> Attempt | None:
 def acts_for() -> Attempt | None:
     """The attempt that this process acts for."""
     return _acting_for
+
+
+def who() -> elsewhere.Who:
+    """The numbers of that attempt; None without one."""
+    return None if _acting_for is None else (_acting_for.driver, _acting_for.group)
 
 
 @contextlib.contextmanager
@@ -139,7 +151,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / FOLDER / "record.json"
     try:
-        return read_json(path)
+        return _read_note(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -160,9 +172,9 @@ def begin_driver(run_dir: Path) -> Attempt:
             record = read_record(run_dir)
         except WatchtowerError:  # half a disk's worth of power cuts: the folders say which numbers were given
             record = {}
-        number = max([record.get("last") or 0, *_numbers(run_dir)]) + 1
-        _write_record(run_dir, {"last": number, "driver": number, "group": None, "work": None})
-        attempt = Attempt(run_dir, number)
+        number, place = max([record.get("last") or 0, *_numbers(run_dir)]) + 1, uuid.uuid4().hex
+        _write_record(run_dir, {"last": number, "driver": number, "group": None, "work": None, "place": place})
+        attempt = Attempt(run_dir, number, place=place)
         attempt.folder.mkdir(parents=True, exist_ok=True)
     for before in _numbers(run_dir):
         if before < number:
@@ -186,10 +198,13 @@ def begin_group(driver: Attempt, work: str) -> Attempt:
     Raises:
         Superseded: the driver was cut off.
     """
+    if (mirror := elsewhere.of(driver.run_dir)) is not None:
+        return replace(driver, group=mirror.begin_group(driver.driver, work))
     with _locked(driver.run_dir, fcntl.LOCK_EX):
         driver.of_driver.check()
-        number = read_record(driver.run_dir)["last"] + 1
-        _write_record(driver.run_dir, {"last": number, "driver": driver.driver, "group": number, "work": work})
+        record = read_record(driver.run_dir)
+        number = record["last"] + 1
+        _write_record(driver.run_dir, {**record, "last": number, "group": number, "work": work})
         attempt = replace(driver, group=number)
         attempt.folder.mkdir(parents=True, exist_ok=True)
     return attempt
@@ -204,8 +219,9 @@ def cut_off(run_dir: Path, by: str) -> None:
     """
     (Path(run_dir) / FOLDER).mkdir(exist_ok=True)
     with _locked(run_dir, fcntl.LOCK_EX):
-        number = max([read_record(run_dir).get("last") or 0, *_numbers(run_dir)]) + 1
-        _write_record(run_dir, {"last": number, "driver": number, "group": None, "work": None}, host=by)
+        record = read_record(run_dir)
+        number = max([record.get("last") or 0, *_numbers(run_dir)]) + 1
+        _write_record(run_dir, {**record, "last": number, "driver": number, "group": None, "work": None}, host=by)
 
 
 def end_groups(driver: Attempt) -> None:
@@ -233,10 +249,14 @@ def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
 
     Its folder must be there: where the run folder's file system is away, nothing shall be made in its place.
     """
+    text = json.dumps(redacted(note)) + "\n"
+    if (mirror := elsewhere.of(path)) is not None:
+        mirror.write_note(path, text.encode())
+        return
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(redacted(note)) + "\n")
+            file.write(text)
             file.flush()
             if flush:
                 os.fsync(file.fileno())
@@ -248,9 +268,51 @@ def write_note(path: Path, note: dict[str, Any], *, flush: bool = True) -> None:
 def read_note(path: Path) -> dict[str, Any] | None:
     """What `write_note` wrote; None where there is nothing that can be read."""
     try:
-        return read_json(path)
+        return _read_note(path)
     except (OSError, ValueError):
         return None
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    if (mirror := elsewhere.of(path)) is None:
+        return read_json(path)
+    data = mirror.note(path)
+    if data is None:
+        raise FileNotFoundError(path)
+    return parse_json(data)
+
+
+def note_first(path: Path, note: dict[str, Any]) -> bool:
+    """`write_note`, unless there is one; whether this was the first."""
+    if (mirror := elsewhere.of(path)) is not None:
+        return mirror.write_note(path, (json.dumps(redacted(note)) + "\n").encode(), only_first=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write_note(beside, note)
+    try:
+        return link_first(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def link_first(beside: Path, path: Path) -> bool:
+    """Put a file in its place unless one is there; whether none was."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(beside, path)
+    return True
+
+
+def sees(attempt: Attempt) -> bool:
+    """Whether the folder at this path, on this node, is the one that the attempt is of."""
+    try:
+        return read_json(attempt.run_dir / FOLDER / "record.json").get("place") == attempt.place
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -30,10 +30,10 @@ from typing import Any
 
 from configs.errors import InputError, WatchtowerError
 from configs.secrets import redacted
-from embeddings import attempts
+from embeddings import attempts, elsewhere
+from embeddings.elsewhere import MANIFEST
 from embeddings.untrusted import read_json
 
-MANIFEST = "manifest.json"
 FLUSHED_AT_ONCE = 4  # files of a snapshot, to disk
 
 _SNAPSHOT_NAME = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
@@ -89,11 +89,13 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
     """
     target = Path(target)
     manifest = _as_json(target, manifest)
+    if elsewhere.of(target) is not None:
+        return _publish_elsewhere(target, write, manifest, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     clean_dead_attempts(target.parent)
     if target.exists() and not replace and _is_same(target, manifest):
         return target
-    attempt, lock = _open_attempt(target)
+    attempt, lock = open_attempt(target)
     try:
         write(attempt)
         _seal(attempt, manifest)
@@ -111,6 +113,61 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
         shutil.rmtree(attempt, ignore_errors=True)
         os.close(lock)
     return target
+
+
+def _publish_elsewhere(target: Path, write: Callable[[Path], None], manifest: dict[str, Any], replace: bool) -> Path:
+    """`publish` where the run folder lies on another node: by its owner. What was written stays here as its copy."""
+    mirror = elsewhere.of(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_dead_attempts(target.parent)
+    attempt, lock = open_attempt(target)
+    try:
+        write(attempt)
+        mirror.publish(attempt, target, manifest, replace, attempts.who())
+    except OSError as error:
+        if says_disk_full(error):
+            raise InputError(f"{target}: the disk is full; nothing was published, make room and run again") from error
+        raise
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+        os.close(lock)
+    return target
+
+
+def publish_from(writing: Path, target: Path, manifest: Mapping[str, Any], *, but: str = "\0") -> Path:
+    """`publish`, with `replace`, of the files that several processes have left in one folder, which goes.
+
+    Args:
+        but: files whose names end so are no part of it.
+    """
+    if (mirror := elsewhere.of(target)) is not None:
+        mirror.gather(writing, target, _as_json(target, manifest), but, attempts.who())
+        shutil.rmtree(writing, ignore_errors=True)
+        return target
+
+    def move(attempt: Path) -> None:
+        for path in sorted(writing.iterdir()):
+            if not path.name.endswith(but):
+                path.rename(attempt / path.name)
+
+    try:
+        return publish(target, move, manifest, replace=True)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def bring(folder: Path) -> None:
+    """Have all files of a snapshot on this node, for who reads them without looking at their checksums: another
+    worker has."""
+    if (mirror := elsewhere.of(folder)) is not None:
+        for name, entry in read_manifest(folder)["files"].items():
+            mirror.bring_whole(folder / name, entry["bytes"])
+
+
+def manifests_in(parent: Path) -> None:
+    """Have the manifests of the snapshots in a folder on this node, and none of others."""
+    if (mirror := elsewhere.of(parent)) is not None:
+        mirror.bring_manifests(parent)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -189,6 +246,17 @@ def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
 
 
 def _verify_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: Path) -> None:
+    if (mirror := elsewhere.of(folder)) is not None:
+        mirror.bring_whole(folder / name, manifest["files"][name]["bytes"])
+        try:
+            return _check_file(folder, manifest, name, inside)
+        except WatchtowerError:  # what is here may be of another snapshot that was in this place
+            (folder / name).unlink(missing_ok=True)
+            mirror.bring_whole(folder / name, manifest["files"][name]["bytes"])
+    _check_file(folder, manifest, name, inside)
+
+
+def _check_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: Path) -> None:
     path, entry = folder / name, manifest["files"][name]
     try:
         if not path.resolve().is_relative_to(inside):
@@ -207,6 +275,7 @@ def _verify_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: P
 def list_snapshots(parent: Path) -> list[Snapshot]:
     """The published snapshots of a folder, oldest first; other folders, and ones without a manifest, are left out."""
     parent = Path(parent)
+    manifests_in(parent)
     if not parent.is_dir():
         return []
     found = []
@@ -248,6 +317,9 @@ def remove(folder: Path) -> None:
     Raises:
         Superseded: this process acts for an attempt that was cut off: the folder may be its successor's.
     """
+    if (mirror := elsewhere.of(folder)) is not None:
+        mirror.remove(folder, attempts.who())
+        return
     aside = folder.parent / f".{folder.name}.attempt-{uuid.uuid4().hex}.tmp"
     try:
         with attempts.publishing():
@@ -274,7 +346,7 @@ def clean_dead_attempts(parent: Path) -> list[Path]:
     return removed
 
 
-def _open_attempt(target: Path) -> tuple[Path, int]:
+def open_attempt(target: Path) -> tuple[Path, int]:
     """A fresh folder beside the target, and the open lock on it."""
     while True:
         attempt = target.parent / f".{target.name}.attempt-{uuid.uuid4().hex}.tmp"

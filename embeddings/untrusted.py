@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
+from embeddings import elsewhere
 
 MOST_JSON_BYTES = 256 << 20
 MOST_FOOTER_BYTES = 256 << 20
@@ -79,6 +80,7 @@ def read_bytes(path: Path | str, most_bytes: int) -> bytes:
         OSError: it cannot be opened.
         ValueError: it is too large or no plain file (a device or a pipe would never end).
     """
+    elsewhere.bring(path)
     # Without NONBLOCK, opening a pipe that nobody writes to waits for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:

@@ -7,7 +7,7 @@
 
 The tasks are the same plain functions under either executor. A snapshot that is there, whole and made from the same
 logs and config, is kept; one made from others, or at a watermark that is not asked for now, goes: a request must not
-see it. The run folder must be shared by the cluster's machines.
+see it. A task on a node that does not share the run folder works through launch/nodes.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ import numpy as np
 
 from configs.errors import QualityGateError, WatchtowerError
 from configs.schema import Config
+from embeddings import elsewhere
 from embeddings.attempts import Attempt, acts_for
 from embeddings.snapshots import Snapshot, list_snapshots, read_manifest, remove, verify
+from launch.nodes import at_work
 from trainer import item_statistics
 from trainer.channels import CHANNELS, Given, absent_channels, build_channel, made_from, present_channels, watermarks
 from trainer.co_views import CoViews
 from trainer.neighbors import NeighborLists, publish_neighbors
 from trainer.sequences import SequenceStore
-from trainer.watchdog import at_work, moved
+from trainer.watchdog import moved
 
 STATISTICS_FORMAT = 2
 _UNFINISHED = ".co-views."
@@ -173,7 +175,8 @@ def write_views(work: Work, watermark_ms: int) -> tuple[str, float, str]:
     folder = work.scratch / str(watermark_ms)
     shutil.rmtree(folder, ignore_errors=True)  # of a try that Ray gave up
     folder.mkdir(parents=True)
-    CoViews.build(work.open(), watermark_ms, work.config.channels.window_h, folder)
+    with elsewhere.workshop(folder) as here:
+        CoViews.build(work.open(), watermark_ms, work.config.channels.window_h, here)
     return "", time.perf_counter() - began, ""
 
 
@@ -183,6 +186,7 @@ def publish_channel(work: Work, name: str, watermark_ms: int) -> tuple[str, floa
     store = work.open()
     given = work.given(store)
     manifest = made_from(name, watermark_ms, _fingerprint(store), given)
+    elsewhere.bring_folder(work.scratch / str(watermark_ms))
     built = build_channel(name, CoViews.open(work.scratch / str(watermark_ms)), given)
     items, seen = int((built.lists.length_N > 0).sum()), _items_seen(store, watermark_ms)
     failed = failed_channel_gate(items, seen, built.lists, work.config.channels.min_items_with_list)

@@ -34,13 +34,14 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, DataConfig
-from embeddings import snapshots
+from embeddings import elsewhere, snapshots
 from embeddings.attempts import acts_for
+from launch.nodes import at_work
 from trainer import catalogue, kuairand_csv, logs, sequences
 from trainer.events import EventLog
 from trainer.logs import Piece, filesystem_of
 from trainer.vocabulary import Vocabulary
-from trainer.watchdog import BUSY_OVER_S, at_work, moved
+from trainer.watchdog import BUSY_OVER_S, moved
 
 FORMAT = 1  # of the sequences folder; another number ingests anew
 ROWS_PER_SHARD, LEAST_SHARDS = 2_000_000, 8
@@ -181,7 +182,7 @@ def _read_stream(path: Path) -> pa.Table:
 
 
 class RayExecutor:
-    """The tasks as a Ray Data pipeline on the cluster that `ray.init` has joined. The run folder must be shared.
+    """The tasks as a Ray Data pipeline on the cluster that `ray.init` has joined.
 
     Args:
         tasks: tasks at once; None leaves it to Ray.
@@ -401,6 +402,7 @@ def wanted_columns(data: DataConfig) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _lookup(staging: str) -> tuple[Vocabulary, np.ndarray]:
     """The vocabulary and the catalogue's durations, read once by each process of an attempt."""
+    elsewhere.bring(Path(staging) / "lookup.arrow")
     batch = catalogue.map_batch(Path(staging) / "lookup.arrow")
     return Vocabulary(batch["item_id"].to_numpy()[1:]), batch["duration_s"].to_numpy()
 
@@ -433,7 +435,7 @@ def ingest(data: DataConfig, folder: Path | str, executor: Executor, say: Callab
 
     Args:
         data: the config's data section; data.logs must be set (a synthetic world is written by `watchtower synth`).
-        folder: the run folder, local or on a file system that all workers share.
+        folder: the run folder.
         executor: SerialExecutor or RayExecutor.
         say: takes a line of progress; None says nothing.
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config
 from embeddings.attempts import acts_for, publishing
+from launch.nodes import at_work
 from trainer.results import plain, unmet, write_pointer, write_whole
 from trainer.routing_evaluation import (
     JOINT,
@@ -44,7 +45,7 @@ from trainer.routing_evaluation import (
 from trainer.routing_results import joined, routing_metrics
 from trainer.selectors import POPULAR, SELECTORS, Selector
 from trainer.triggers import request_hash
-from trainer.watchdog import at_work, moved
+from trainer.watchdog import moved
 
 
 class Executor(Protocol):
@@ -63,7 +64,7 @@ class SerialExecutor:
 
 
 class RayExecutor:
-    """A Ray task a shard, on the cluster that ray.init has joined. The run folder must be shared.
+    """A Ray task a shard, on the cluster that ray.init has joined.
 
     Args:
         ahead: tasks at once, and results that wait for their turn, at most; None: as many as the cluster has CPUs for.

@@ -32,10 +32,11 @@ from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.loader import changed_keys, config_hash, plain, require_logs, save_resolved
 from configs.schema import HOW_INDEXED, HOW_TRAINED, SEEN_IN_TRAINING, Config
 from configs.secrets import redacted
-from embeddings import attempts
+from embeddings import attempts, elsewhere
 from embeddings.snapshots import MANIFEST, remove, verify
 from embeddings.untrusted import read_json
 from launch.console import is_json, json_line, say
+from launch.nodes import folder_for_nodes
 from launch.observe import observed
 from launch.remote import worked_in, working_folder
 from launch.resources import waiting_for_room
@@ -391,7 +392,7 @@ def run(config: Config, only: list[str] | None = None) -> Path:
     asked = [name for name in STAGES if name in wanted]
     require_logs(config)
     given, run_dir = config, make_run_folder(str(working_folder(config)))
-    with _no_empty_folder(run_dir), locked(run_dir), worked_in(config, run_dir, say) as config:
+    with _no_empty_folder(run_dir), locked(run_dir), _own_again(run_dir), worked_in(config, run_dir, say) as config:
         sweep(run_dir)
         inputs = stage_inputs(config, run_dir)
         to_run = stages_to_run(run_dir, asked, inputs)
@@ -418,6 +419,13 @@ def _attempt(config: Config, run_dir: Path) -> Iterator[None]:
     with attempts.acting(attempts.begin_driver(run_dir)) as attempt, Watch(attempt, "driver", config.train.watchdog_s,
                                                                            end=interrupt):
         yield
+
+
+@contextlib.contextmanager
+def _own_again(run_dir: Path) -> Iterator[None]:
+    """What this node kept of the run while another node had its folder goes: it is not whole."""
+    elsewhere.clear_mirror(run_dir)
+    yield
 
 
 @contextlib.contextmanager
@@ -504,6 +512,8 @@ def _run_stages(config: Config, run_dir: Path, names: list[str], inputs: dict[st
 
                 cluster = held.enter_context(start_ray(config))
                 log.write("cluster", cluster=str(cluster), start_s=round(cluster.seconds, 2))
+                if cluster.address is not None:
+                    held.enter_context(folder_for_nodes())
             _run_one(STAGES[name], config, run_dir, inputs[name], log)
 
 

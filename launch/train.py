@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InputError, QualityGateError, WatchtowerError
 from configs.schema import Config
 from configs.secrets import redacted
-from embeddings import attempts
+from embeddings import attempts, elsewhere
 from embeddings.attempts import Attempt, Superseded, acting
 from embeddings.snapshots import says_disk_full
 from embeddings.untrusted import damaged, inside, read_json
 from launch.console import say
+from launch.nodes import see_folder
 from launch.stopping import TERMINATED, asking_first, interrupt, is_asked
 from trainer.watchdog import LOOK_S, PROGRESS, Watch, moved
 
@@ -134,7 +135,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
     trainer = WorkerGroupTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "run_dir": str(run_dir), "work": work,
-                           "threads": threads_per_worker(config), "driver": driver.driver},
+                           "threads": threads_per_worker(config), "driver": driver.driver, "place": driver.place},
         scaling_config=ScalingConfig(**scaling(config, gpu, least, most)),
         run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
                              failure_config=FailureConfig(max_failures=config.train.max_restarts),
@@ -194,7 +195,8 @@ def _alive(driver: Attempt) -> dict[str, Any] | None:
 def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
     """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group. Of what goes
     wrong here nothing follows: the group is ended, and the next one goes on from the checkpoint before."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, WatchtowerError):
+        see_folder(driver)
         before = _alive(driver)
         if before is None:
             return  # the first group
@@ -205,7 +207,7 @@ def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
         attempts.write_note(replace(driver, group=after["group"]).folder / "stop.json",
                             {"reason": "the cluster has another size"})
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and not outcome.exists():
+        while time.monotonic() < deadline and elsewhere.size(outcome) is None:
             time.sleep(LOOK_S)
 
 
@@ -299,6 +301,7 @@ def wants_gpu(config: Config) -> bool:
 
 def _told(outcome: Path) -> WatchtowerError | None:
     """The error that a worker left for the driver: it arrives whole, whatever Ray wraps around it."""
+    elsewhere.bring(outcome)
     if not outcome.exists():
         return None
     told = _read_outcome(outcome)
@@ -337,7 +340,8 @@ def _is_judged(config: Config, run_dir: Path, model: str, seed: int, fingerprint
 def _worker(settings: dict[str, Any]) -> None:
     """What every worker runs. An error of ours is told to the driver through a file and ends the group in order."""
     run_dir = Path(settings["run_dir"])
-    outcome = _outcome(run_dir, settings["work"])
+    outcome, driver = _outcome(run_dir, settings["work"]), Attempt(run_dir, settings["driver"], place=settings["place"])
+    see_folder(driver)
     if _told(outcome) is not None:
         return  # a restart after an error that a restart cannot mend
     import ray.train
@@ -349,7 +353,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     limit_collectives(config.train.timeout_s)
     workers = _workers()
-    attempt = _begin(workers, Attempt(run_dir, settings["driver"]), outcome, settings["work"])
+    attempt = _begin(workers, driver, outcome, settings["work"])
 
     def tell(error: WatchtowerError) -> None:
         with contextlib.suppress(OSError, WatchtowerError):  # on a full disk the driver has Ray's words for it
@@ -383,6 +387,8 @@ def _begin(workers: Workers, driver: Attempt, outcome: Path, work: str) -> Attem
     """The attempt of this group of workers, the same on all of them. Collective."""
     def begin() -> int:
         number = attempts.begin_group(driver, work).group
+        if (mirror := elsewhere.of(outcome)) is not None:
+            mirror.remove(outcome)
         outcome.unlink(missing_ok=True)  # of a group that saved and ended, whose place this one takes
         return number
 
@@ -428,9 +434,11 @@ def _asked_to_stop(attempt: Attempt) -> Callable[[], str | None]:
 def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     """What the driver reads; a group that was cut off leaves it to its successor."""
     outcome.parent.mkdir(parents=True, exist_ok=True)
-    beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
-    beside.write_text(json.dumps(redacted(told)))
+    beside, text = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}"), json.dumps(redacted(told))
+    beside.write_text(text)
     try:
+        if (mirror := elsewhere.of(outcome)) is not None:
+            mirror.put(outcome, text.encode(), attempts.who())
         with attempts.publishing():
             beside.replace(outcome)
     except Superseded:

@@ -55,7 +55,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError
 from configs.schema import Config, ModelConfig, ViewRule
-from embeddings.attempts import publishing
+from embeddings import attempts, elsewhere
 from embeddings.untrusted import damaged, read_json, read_parquet
 from trainer.metrics import bootstrap_cis, paired_ci, retrieval_metrics
 from trainer.results import (
@@ -113,7 +113,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     known = _known(data)
     folder = data.run_dir / FOLDER
     if known.absent is not None and not known.is_world:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         return
     summary = {"judged_for": known.identity()}
     if _read_summary(folder).get("judged_for") == plain(summary["judged_for"]):
@@ -133,7 +133,11 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     beside.mkdir(parents=True)
     pq.write_table(pa.table(columns), beside / "queries.parquet")
     (beside / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
-    with publishing():
+    if (mirror := elsewhere.of(folder)) is not None:
+        _remove(folder)
+        for name in ("queries.parquet", "summary.json"):
+            mirror.deliver(beside / name, folder / name, attempts.who())
+    with attempts.publishing():
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     if reason is None:
@@ -158,6 +162,8 @@ class _Known:
     def __init__(self, data: CrmData):
         self._data, self.absent, self.no_ceiling = data, None, None
         folder = None if data.config.data.logs is None else Path(data.config.data.logs).parent
+        if folder is not None:
+            elsewhere.bring(folder / "world.json")
         self.is_world = folder is not None and (folder / "world.json").is_file()
         if not self.is_world:
             self.absent = "the logs are not the synthetic world"
@@ -418,6 +424,12 @@ def _share(closed_SJ: np.ndarray, whole_SJ: np.ndarray, seeds: list[int], evalua
     per_seed = {str(seed): float(closed_J.mean() / whole_J.mean()) if whole_J.mean() else None
                 for seed, closed_J, whole_J in zip(seeds, closed_SJ, whole_SJ, strict=True)}
     return {"mean": share, "ci95": [low, high], "n": closed_SJ.shape[1], "per_seed": per_seed}
+
+
+def _remove(folder: Path) -> None:
+    if (mirror := elsewhere.of(folder)) is not None:
+        mirror.remove(folder, attempts.who())
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

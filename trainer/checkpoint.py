@@ -34,7 +34,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.errors import InputError, WatchtowerError
-from embeddings.snapshots import publish, remove, says_disk_full, verify
+from embeddings import elsewhere
+from embeddings.snapshots import bring, manifests_in, publish_from, remove, says_disk_full, verify
 from embeddings.table_state import TableState, capture_state, load_tables, write_state
 from embeddings.tables import ShardedTables
 from embeddings.untrusted import damaged, read_json
@@ -57,7 +58,8 @@ workers the others end sooner (trainer/watchdog.py, PATIENCE_S), and Ray ends th
 TURN_S = 5.0
 """Seconds after which workers that wait for a save tell each other whether it goes on, and gets on."""
 
-_NAME = re.compile(r"step-(\d{1,18})", re.ASCII)
+WRITTEN = ".written"
+_NAME, _WRITING = re.compile(r"step-(\d{1,18})", re.ASCII), re.compile(r"\.step-.+\.writing", re.ASCII)
 _POLL_S = 0.05
 
 
@@ -96,9 +98,9 @@ class CheckpointSaver:
         self._deadline = math.inf
         self.error: WatchtowerError | None = None
         """What this worker's part of a save ended with; the others do not know of it yet."""
-        if workers.first and parent.is_dir():
-            for left in parent.glob(".step-*.writing"):  # by a run that was killed
-                remove(left)
+        for name in elsewhere.names(parent) if workers.first else ():
+            if _WRITING.fullmatch(name):  # by a run that was killed
+                remove(parent / name)
 
     def save(self, tables: ShardedTables, engine: DenseEngine, state: Mapping[str, Any],
              arrays: Mapping[str, np.ndarray], *, also: Set[Path], told: Callable[..., None]) -> None:
@@ -180,16 +182,17 @@ class CheckpointSaver:
         try:
             _write_share(content, writing, 0)
             moved()
-            write_dense(writing, dict(content.dense), content.optimizer_step, content.spec,
-                        {"global_step": state["global_step"]})
-            moved()
-            if content.arrays:
-                safetensors.numpy.save_file(dict(content.arrays), writing / PENDING)
-            (writing / STATE).write_text(json.dumps(state, indent=1))
+            with elsewhere.workshop(writing) as here:
+                write_dense(here, dict(content.dense), content.optimizer_step, content.spec,
+                            {"global_step": state["global_step"]})
+                moved()
+                if content.arrays:
+                    safetensors.numpy.save_file(dict(content.arrays), here / PENDING)
+                (here / STATE).write_text(json.dumps(state, indent=1))
             self._await_shares(writing)
             moved()
-            publish(folder, _moved_from(writing), {"kind": "checkpoint", "global_step": state["global_step"],
-                                                   "workers": self._workers.count}, replace=True)
+            publish_from(writing, folder, {"kind": "checkpoint", "global_step": state["global_step"],
+                                           "workers": self._workers.count}, but=WRITTEN)
         finally:
             shutil.rmtree(writing, ignore_errors=True)
 
@@ -217,7 +220,10 @@ def _new_folder(folder: Path) -> Path:
     """
     writing = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
     try:
-        writing.mkdir(parents=True)
+        if (mirror := elsewhere.of(writing)) is not None:
+            mirror.make_folder(writing)
+        else:
+            writing.mkdir(parents=True)
     except OSError as error:
         raise _as_ours(error, folder) from error
     return writing
@@ -225,32 +231,26 @@ def _new_folder(folder: Path) -> Path:
 
 def _write_share(content: Content, writing: Path, rank: int) -> None:
     """A worker's blocks of the tables, then the marker that says how large their files are."""
-    write_state(content.tables, writing, rank)
-    sizes = {path.name: path.stat().st_size for path in writing.glob(f"tables-rank{rank}.*")}
-    partial = writing / f"rank{rank}.partial"
-    partial.write_text(json.dumps(sizes))
-    partial.rename(_marker(writing, rank))
+    with elsewhere.workshop(writing) as here:
+        write_state(content.tables, here, rank)
+        sizes = {path.name: path.stat().st_size for path in here.glob(f"tables-rank{rank}.*")}
+    with elsewhere.workshop(writing) as here:
+        partial = here / f"rank{rank}.partial"
+        partial.write_text(json.dumps(sizes))
+        partial.rename(_marker(here, rank))
 
 
 def _is_written(writing: Path, rank: int) -> bool:
     """Whether a worker's share is here whole: a shared file system may show a marker before what it speaks of."""
     try:
-        sizes = json.loads(_marker(writing, rank).read_text())
-        return all((writing / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, ValueError):
+        sizes = read_json(_marker(writing, rank))
+        return all(elsewhere.size(writing / name) == size for name, size in sizes.items())
+    except (OSError, ValueError):
         return False
 
 
 def _marker(writing: Path, rank: int) -> Path:
-    return writing / f"rank{rank}.written"
-
-
-def _moved_from(writing: Path) -> Callable[[Path], None]:
-    def move(attempt: Path) -> None:
-        for path in sorted(writing.iterdir()):
-            if path.suffix != ".written":
-                path.rename(attempt / path.name)
-    return move
+    return writing / f"rank{rank}{WRITTEN}"
 
 
 def _as_ours(error: Exception, folder: Path) -> WatchtowerError:
@@ -297,6 +297,7 @@ def read_pending(folder: Path) -> dict[str, np.ndarray]:
 
 def checkpoints(parent: Path) -> list[Path]:
     """Checkpoints, oldest first. They came whole; whether they still are, `read_state` tells."""
+    manifests_in(parent)
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()
@@ -310,6 +311,7 @@ def _step_of(folder: Path) -> int:
 
 def load_before_engine(folder: Path, tables: ShardedTables, module: torch.nn.Module) -> None:
     """Tables with their momentum and tower parameters; the towers must not be in an engine yet. Collective."""
+    bring(folder)
     load_tables(tables, folder)
     load_dense_parameters(module, folder)
 

@@ -16,6 +16,7 @@ The driver shows what workers write: `follow` reads the file as it grows.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -34,9 +35,11 @@ from typing import Any
 
 from configs.errors import InputError, WatchtowerError
 from configs.secrets import redact
+from embeddings import elsewhere
 from embeddings.untrusted import parse_json
 
 POLL_S = 0.2
+CURVES_EVERY_S = 30.0  # and at the end: curves go to the run folder's own node, where that is another one
 _SEAL = b',"crc":"%08x"}'
 _SEALED = re.compile(rb',"crc":"([0-9a-f]{8})"\}\r?\n?\Z')
 _NOT_CURVES = {"time", "epoch", "epochs", "step", "steps", "seed", "rank", "worker"}
@@ -96,6 +99,7 @@ class EventLog:
         self._writer = {"node": socket.gethostname(), **({} if rank is None else {"rank": rank})}
         self.tensorboard = None if tensorboard is None else Path(tensorboard)
         self._writers: dict[str, Any] = {}
+        self._there, self._curves_at, self._opened_at = elsewhere.of(self.path), time.monotonic(), time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._end_torn_line()
@@ -115,9 +119,12 @@ class EventLog:
             raise WatchtowerError(f"{self.path}: the event log is closed")
         data = event_line(event, {**fields, **self._writer})
         try:
-            written = os.write(self._descriptor, data)
-            if written < len(data):  # a disk that fills takes a part; say so on the rest
-                os.write(self._descriptor, data[written:])
+            if self._there is not None:
+                self._there.append(self.path, data)
+            else:
+                written = os.write(self._descriptor, data)
+                if written < len(data):  # a disk that fills takes a part; say so on the rest
+                    os.write(self._descriptor, data[written:])
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"{self.path}: the disk is full; free some space and run again") from error
@@ -136,6 +143,18 @@ class EventLog:
             number = value.item() if hasattr(value, "item") and getattr(value, "size", None) != 0 else value
             if name not in _NOT_CURVES and isinstance(number, (int, float)) and not isinstance(number, bool):
                 writer.add_scalar(f"{event}/{name}", number, step)
+        if time.monotonic() - self._curves_at > CURVES_EVERY_S:
+            self._hand_curves_over()
+
+    def _hand_curves_over(self) -> None:
+        """The curves' files, where the run folder lies on another node."""
+        self._curves_at = time.monotonic()
+        if self._there is None or self.tensorboard is None:
+            return
+        for path in self.tensorboard.rglob("events.*"):
+            if path.stat().st_mtime >= self._opened_at:  # its own, and not what an earlier group left on this node
+                with contextlib.suppress(OSError):  # a curve is no reason to end a run
+                    self._there.deliver(path, path)
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -144,6 +163,8 @@ class EventLog:
         for writer in self._writers.values():
             if writer is not None:
                 writer.close()
+        if self._writers:
+            self._hand_curves_over()
         self._writers.clear()
 
     def __enter__(self) -> EventLog:

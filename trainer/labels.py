@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, ReplayConfig
+from embeddings import elsewhere
 from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import read_parquet, whole_column
 from trainer.neighbors import ChannelSnapshots
@@ -127,6 +128,7 @@ def _save(file: BinaryIO, found: Replayed) -> None:
 
 def replayed(folder: Path, number: int) -> Iterator[Replayed]:
     """What the first pass left of a shard, part by part."""
+    elsewhere.bring(folder / f"replay-{number:05d}.npy")
     with open(folder / f"replay-{number:05d}.npy", "rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -476,6 +478,7 @@ class Labels:
         named = re.fullmatch(r"window=(\d+)", folder.name)
         if named:
             folder, window = folder.parent, int(named[1]) if window is None else window
+        elsewhere.bring(folder / "manifest.json")
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: no labels there. Run watchtower replay first.")
         manifest = read_manifest(folder)

@@ -38,6 +38,7 @@ import pyarrow.fs as pafs
 
 from configs.errors import InputError
 from configs.schema import DataConfig, ViewRule
+from embeddings import elsewhere
 from embeddings.untrusted import open_parquet
 from trainer.vocabulary import Vocabulary
 
@@ -70,6 +71,7 @@ class InputFile:
         return f"{scheme}://{self.path.lstrip('/')}" if found and scheme != "file" else self.path
 
     def open(self) -> pa.NativeFile:
+        elsewhere.bring(self.path)  # a synthetic world lies in the run folder
         return filesystem_of(self.location)[0].open_input_file(self.path)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from configs.errors import WatchtowerError
 from configs.schema import Config
-from embeddings.snapshots import remove, verify
+from embeddings.snapshots import bring, remove, verify
 from embeddings.tables import Lookup, ShardedTables
 from embeddings.untrusted import read_json
 from trainer import checkpoint, dropout
@@ -288,6 +288,7 @@ def load_towers(task: Task, folder: Path, workers: Workers) -> Forward:
         WatchtowerError: if the checkpoint is damaged.
     """
     workers.on_first(lambda: verify(folder))
+    bring(folder)
     tables, module = task.build(workers.device)
     checkpoint.load_before_engine(folder, tables, module)
     module.to(workers.device).eval()

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from configs.errors import InputError, WatchtowerError
 from configs.loader import config_hash
 from configs.schema import Config, ModelConfig, bayes_name
-from embeddings.attempts import publishing
+from embeddings import attempts, elsewhere
 from embeddings.snapshots import publish
 from embeddings.untrusted import read_json, read_parquet
 from trainer.checks import crm_checks
@@ -208,7 +208,9 @@ def write_whole(path: Path, text: str) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with publishing():
+        if (mirror := elsewhere.of(path)) is not None:
+            mirror.put(path, text.encode(), attempts.who())
+        with attempts.publishing():
             os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

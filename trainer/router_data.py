@@ -29,6 +29,7 @@ from torch import Tensor
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, RouterModelConfig
+from embeddings import elsewhere
 from embeddings.snapshots import read_manifest, remove
 from trainer.batches import ItemBatch, ItemFeatures, moved
 from trainer.conditions import WatchBuckets
@@ -302,10 +303,9 @@ class RouterData:
             write_shard(folder, self.read("train", number))
 
     def _delete_other_features(self) -> None:
-        folder = self.run_dir / FOLDER
-        for other in folder.iterdir() if folder.is_dir() else ():
-            if other.is_dir() and other.name != self.features_fingerprint:
-                remove(other)
+        for name in elsewhere.names(self.run_dir / FOLDER):
+            if not name.startswith(".") and name != self.features_fingerprint:
+                remove(self.run_dir / FOLDER / name)
 
     @staticmethod
     def _is_whole(folder: Path) -> bool:
@@ -318,6 +318,7 @@ class RouterData:
     def _open_shard(self, number: int) -> RouterShard:
         """The features of a training shard, from disk; made here where nobody has yet."""
         folder = shard_folder(self.run_dir, self.features_fingerprint, number)
+        elsewhere.bring(folder / "manifest.json")
         if not (folder / "manifest.json").exists():
             write_shard(folder, self.read("train", number))
         return open_shard(folder)

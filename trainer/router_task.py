@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,8 @@ import torch
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import HOW_TRAINED, RouterModelConfig
-from embeddings.snapshots import publish, read_manifest, remove
+from embeddings import elsewhere
+from embeddings.snapshots import publish_from, read_manifest, remove
 from embeddings.table_state import load_tables
 from embeddings.tables import ShardedTables
 from embeddings.untrusted import inside, read_json
@@ -311,21 +311,17 @@ def score_requests(task: RouterTask, trained: Trained, workers: Workers, write: 
     data, began = task.data, time.perf_counter()
     forward = load_towers(task, Path(trained.checkpoint), workers)
     writing = workers.agree(workers.on_first(lambda: _new_folder(task.scores)))
-    _write_scores(writing / VALIDATION, data, forward, _validation_shares(data, workers), workers)
-    requests, rows = _write_scores(writing / SCORES, data, forward, _test_shares(data, workers), workers)
-
-    def moved(attempt: Path) -> None:
-        for name in (SCORES, VALIDATION):
-            (writing / name).rename(attempt / name)
+    with elsewhere.workshop(writing) as here:
+        _write_scores(here / VALIDATION, data, forward, _validation_shares(data, workers), workers)
+        requests, rows = _write_scores(here / SCORES, data, forward, _test_shares(data, workers), workers)
 
     def published() -> None:
         best = trained.best
-        publish(task.scores, moved, {
+        publish_from(writing, task.scores, {
             "kind": "router scores", "router": task.model_name, "seed": task.seed, "channels": list(data.channels),
             "fingerprint": task.fingerprint(), "checkpoint": Path(trained.checkpoint).name, "epoch": best.epoch,
             "step": best.step, "train_s": trained.seconds, "requests": requests, "rows": rows,
-            "validation": best.validation}, replace=True)
-        shutil.rmtree(writing, ignore_errors=True)
+            "validation": best.validation})
 
     workers.on_first(published)
     write("scores", model=task.name, requests=requests, rows=rows, seconds=time.perf_counter() - began)
@@ -334,10 +330,14 @@ def score_requests(task: RouterTask, trained: Trained, workers: Workers, write: 
 def _new_folder(scores: Path) -> Path:
     """An empty folder beside the scores-to-be; what killed runs left there is removed. Its name is its own: an attempt
     that was cut off and lives on writes into another one."""
-    for left in scores.parent.glob(f".{scores.name}.*writing"):
-        remove(left)
+    for name in elsewhere.names(scores.parent):
+        if name.startswith(f".{scores.name}.") and name.endswith("writing"):
+            remove(scores.parent / name)
     writing = scores.with_name(f".{scores.name}.{uuid.uuid4().hex}.writing")
-    writing.mkdir(parents=True)
+    if (mirror := elsewhere.of(writing)) is not None:
+        mirror.make_folder(writing)
+    else:
+        writing.mkdir(parents=True)
     return writing
 
 

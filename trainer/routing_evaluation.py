@@ -35,6 +35,7 @@ import pyarrow.compute as pc
 
 from configs.errors import InputError
 from configs.schema import Config
+from embeddings import elsewhere
 from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import damaged, open_parquet
 from trainer import routing
@@ -104,6 +105,7 @@ class Run:
 
     @cached_property
     def item_value(self) -> ItemValue | None:
+        elsewhere.bring(self.folder / FOLDER / "manifest.json")
         return load_item_value(self.folder) if (self.folder / FOLDER / "manifest.json").exists() else None
 
     def rule(self, side) -> RequestRule:
@@ -188,6 +190,7 @@ class RouterScores:
             WatchtowerError: the file does not hold what a router writes.
         """
         path, parts = self.folder / self.file, []
+        elsewhere.bring(path)
         try:
             with pa.memory_map(str(path)) as source:
                 parquet = open_parquet(source, str(path))

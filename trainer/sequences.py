@@ -37,6 +37,7 @@ import pyarrow as pa
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, SplitConfig
+from embeddings import elsewhere
 from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import open_parquet, whole_column
 from trainer.catalogue import Catalogue, UserFeatures, map_batch, write_batch
@@ -338,10 +339,12 @@ def _counts(values: np.ndarray) -> dict[int, int]:
 
 def whole_file(path: Path, write) -> None:
     """Write a file beside its place and rename it: it is there whole or not at all, whoever else writes it too."""
+    elsewhere.make_room(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(beside)
         os.replace(beside, path)
+        elsewhere.hand_over(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -485,7 +488,9 @@ class SequenceStore:
         """The users' features; None where no users table was given."""
         if "users.arrow" not in self.manifest["files"]:
             return None
-        self._file("users.arrow")
+        for name in self.manifest["files"]:
+            if name == "users.arrow" or name.startswith("vocabulary/"):
+                self._file(name)
         return UserFeatures.open(self.folder)
 
 

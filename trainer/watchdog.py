@@ -22,14 +22,21 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import WatchtowerError
 from configs.secrets import redact
-from embeddings.attempts import Attempt, Superseded, acting, read_note, write_note
+from embeddings import elsewhere
+from embeddings.attempts import (
+    Attempt,
+    Superseded,
+    acting,
+    note_first,
+    read_note,
+    write_note,
+)
 
 LOOK_S = 0.5
 RECORD_EVERY_S = 2.0
@@ -149,6 +156,8 @@ class Watch:
         moved(in_step=False)
         self.attempt, self.who, self.patience_s = attempt, who, patience_s
         self._folder = None if attempt is None else attempt.folder
+        if self._folder is not None:
+            elsewhere.make_room(self._folder)
         self._watchdog = Watchdog(limit_s)
         self._end, self._asked, self._wish, self._on_stuck = end or self._exit, asked, wish, on_stuck
         self._beats, self._beat, self._hard = beats, 0, hard and limit_s is not None
@@ -259,8 +268,11 @@ class Watch:
         with contextlib.suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)
         if self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / f"stacks-{self.who}.txt").write_text(text, encoding="utf-8")
+            path = self._folder / f"stacks-{self.who}.txt"
+            with contextlib.suppress(Exception):
+                path.write_text(text, encoding="utf-8")
+                if (mirror := elsewhere.of(path)) is not None:
+                    mirror.write_note(path, text.encode())
 
     def _exit(self, error: WatchtowerError) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -284,8 +296,8 @@ def at_work(attempt: Attempt | None) -> Iterator[None]:
             now = time.process_time()
             if now - before > BUSY_TASK_SHARE * BUSY_OVER_S:
                 beat += 1
-                with contextlib.suppress(OSError):
-                    sign.write_text(f'{{"beat": {beat}}}\n')
+                with contextlib.suppress(Exception):  # the folder, or its node, may be away for a while
+                    write_note(sign, {"beat": beat}, flush=False)
             before = now
 
     thread = threading.Thread(target=show, daemon=True, name="watchtower-at-work")
@@ -296,25 +308,11 @@ def at_work(attempt: Attempt | None) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            sign.unlink(missing_ok=True)
-
-
-def note_first(path: Path, note: dict) -> bool:
-    """Write a note unless there is one; whether this was the first."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write_note(beside, note)
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return True
+        with contextlib.suppress(Exception):
+            if (mirror := elsewhere.of(sign)) is not None:
+                mirror.remove(sign)
+            else:
+                sign.unlink(missing_ok=True)
 
 
 def stacks_of_all_threads() -> str:

@@ -28,6 +28,7 @@ SHORT = ("stages=[ingest,crm,evaluate,report]", "crm.models=[{name: dnn, tower: 
 THREE = (*SHORT, "train.workers=3", "train.batch_rows=18")
 CPUS = 2  # of a node: room for two workers, so that spreading them is not a matter of room
 
+own_networks = pytest.mark.skipif(can_have_networks() is not None, reason=str(can_have_networks()))
 networks = pytest.mark.parametrize("networks", [
     False, pytest.param(True, marks=pytest.mark.skipif(can_have_networks() is not None,
                                                        reason=str(can_have_networks())))],
@@ -62,12 +63,18 @@ def check_spread(nodes: RayNodes, count: int, outcome: Outcome) -> None:
         outcome.wrong.append(f"workers by node: {found}")
 
 
-def spread_over(count: int, run_dir: Path, reference: Results, networks: bool, *overrides: str) -> Outcome:
-    with ray_nodes(run_dir.with_name("nodes.log"), count, cpus=CPUS, networks=networks) as nodes, \
-            case(run_dir, f"{count} nodes") as outcome:
+def spread_over(count: int, run_dir: Path, reference: Results, networks: bool, *overrides: str,
+                own_disks: Path | None = None) -> Outcome:
+    log = (own_disks or run_dir).with_name("nodes.log")
+    with (ray_nodes(log, count, cpus=CPUS, networks=networks, own_disks=own_disks) as nodes,
+          case(run_dir, f"{count} nodes") as outcome):
         run, outcome.starts = started(nodes, run_dir, *overrides), 1
         comes(run, run_dir, training(2))
         check_spread(nodes, count, outcome)
+        if own_disks is not None:
+            outcome.wrong += [f"{worker.pid} does not work in a mirror" for workers in nodes.workers_by_node()
+                              for worker in workers if not Path(f"/proc/{worker.pid}/root{run_dir}/.mirror").is_dir()]
+            assert not (run_dir / ".mirror").exists()
         ends_like(run_dir, reference, outcome, lambda: started(nodes, run_dir, *overrides), run)
     return outcome
 
@@ -82,6 +89,29 @@ def test_two_nodes_come_to_what_one_comes_to(on_one_node, tmp_path, networks):
         hosts = {worker["node"] for event in read_events(run_dir / "events.jsonl", "train_step")
                  for worker in event["workers"]}
         assert hosts == {"node-1", "node-2"}
+
+
+@own_networks
+def test_nodes_that_share_no_disk_come_to_what_one_comes_to(on_one_node, tmp_path):
+    """Every stage; all tasks and workers are on nodes that do not see the run folder, which the head has."""
+    disks = tmp_path / "disks"
+    disks.mkdir()
+    outcome = spread_over(2, disks / "run", on_one_node(), True, own_disks=disks)
+    assert outcome.wrong == [] and outcome.starts == 1, outcome.where
+    groups = [event["attempt"] for event in read_events(disks / "run" / "events.jsonl", "group")]
+    assert groups == [2, 3], "of the towers and of the routers, none of them started again"
+    assert {path.parent.name for path in (disks / "run" / "tensorboard").rglob("events.*")} >= {"seed=0"}
+    left = [path for path in (disks / "run").rglob("*") if path.suffix in (".tmp", ".writing")]
+    assert not left, "what was on its way is still there"
+
+
+@own_networks
+def test_a_node_with_a_disk_of_its_own_is_lost(on_one_node, tmp_path):
+    disks = tmp_path / "disks"
+    disks.mkdir()
+    outcome = lost_node(disks / "run", on_one_node(*SHORT), "lost", (SPREAD, *SHORT), cpus=CPUS, networks=True,
+                        own_disks=disks)
+    assert outcome.wrong == [] and outcome.starts == 1, outcome.where
 
 
 def test_three_nodes_come_to_what_one_comes_to(on_one_node, tmp_path):

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine, in a process of its own, that loses nodes and gets others.
 
-    python nodes.py 2 [--cpus 1] [--dashboard] [--networks]
+    python nodes.py 2 [--cpus 1] [--dashboard] [--networks [--own-disks FOLDER]]
 
 A head without CPUs and so many nodes, each with processes and an object store of its own. The address is on stdout;
 commands come on stdin and are answered by `done <number> <what>`: `lose` (the node that came first is killed), `add` (a
@@ -10,6 +10,9 @@ node comes), `restart` (the head and all nodes are killed, and others started, w
 10.231.0.1, nodes at 10.231.0.11 and so on, each on an interface called eth0. Nothing of it is seen outside, and it goes
 with its processes. What is to join must run in the head's network: `nsenter -t PID -n -u`; the PID stands behind the
 address.
+
+--own-disks: at this folder each node but the head has a file system of its own, empty and in memory: what the head, and
+whoever has joined there, has in it, no other node sees.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,10 +82,11 @@ class OneAddress:
 
 
 class Networks:
-    """A network and a host name for each node, as on machines of their own; the disk is shared."""
+    """A network and a host name for each node, as on machines of their own; the disk is shared, but for a folder that
+    may be each node's own."""
 
-    def __init__(self, count: int, cpus: int, dashboard: bool):
-        self._cpus, self._dashboard, self._made = cpus, dashboard, 0
+    def __init__(self, count: int, cpus: int, dashboard: bool, own: str | None = None):
+        self._cpus, self._dashboard, self._own, self._made = cpus, dashboard, own, 0
         self._folder = Path("/tmp") / f"wt-nodes-{os.getpid()}"  # Ray's sockets need a short path
         os.environ |= {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}
         self._head_host = _host("head")
@@ -111,7 +116,8 @@ class Networks:
 
     def add(self) -> str:
         self._made += 1
-        host, link, address = _host(f"node-{self._made}"), f"p{self._made}", f"10.231.0.{10 + self._made}"
+        host, link = _host(f"node-{self._made}", self._own), f"p{self._made}"
+        address = f"10.231.0.{10 + self._made}"
         _ip(self._head_host, "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
         _ip(self._head_host, "link", "set", link, "master", "eth0", "up")
         _ip(host, "addr", "add", f"{address}/24", "dev", "eth0")
@@ -160,9 +166,11 @@ class Networks:
         return process
 
 
-def _host(name: str) -> subprocess.Popen:
-    """A process that holds a network and a host name of its own until it ends."""
-    holder = subprocess.Popen(["unshare", "--net", "--uts", "sh", "-c", f"hostname {name}; exec sleep infinity"],
+def _host(name: str, own: str | None = None) -> subprocess.Popen:
+    """A process that holds a network and a host name of its own until it ends; and a disk at the folder `own`."""
+    disk = "" if own is None else f"mount -t tmpfs watchtower {shlex.quote(own)} && "
+    holder = subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sh", "-c",
+                               f"{disk}hostname {name} && exec sleep infinity"],
                               stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
     ours = os.readlink("/proc/self/ns/net")
     _until(lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != ours and
@@ -172,7 +180,7 @@ def _host(name: str) -> subprocess.Popen:
 
 
 def _inside(host: subprocess.Popen) -> list[str]:
-    return ["nsenter", "-t", str(host.pid), "-n", "-u"]
+    return ["nsenter", "-t", str(host.pid), "-n", "-u", "-m"]
 
 
 def _ip(host: subprocess.Popen, *words: str) -> None:
@@ -216,8 +224,12 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=1, help="CPUs that each node says it has")
     parser.add_argument("--dashboard", action="store_true", help="with Ray's job server")
     parser.add_argument("--networks", action="store_true", help="an address of its own for each node")
+    parser.add_argument("--own-disks", metavar="FOLDER", help="which every node has for itself; with --networks")
     given = parser.parse_args()
-    nodes = (Networks if given.networks else OneAddress)(given.count, given.cpus, given.dashboard)
+    if given.networks:
+        nodes = Networks(given.count, given.cpus, given.dashboard, given.own_disks)
+    else:
+        nodes = OneAddress(given.count, given.cpus, given.dashboard)
     try:
         print(f"address {nodes.address}", flush=True)
         for number, line in enumerate(sys.stdin):

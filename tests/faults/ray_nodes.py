@@ -24,8 +24,9 @@ def can_have_networks() -> str | None:
         return "only root may make networks"
     try:
         found = subprocess.run(
-            ["unshare", "--net", "--uts", "sh", "-c", "ip link add eth0 type bridge && ip link add p0 type veth peer "
-             "name p1 && ip link set p0 master eth0 && command -v nsenter"], capture_output=True, text=True)
+            ["unshare", "--net", "--uts", "--mount", "sh", "-c", "ip link add eth0 type bridge && ip link add p0 type "
+             "veth peer name p1 && ip link set p0 master eth0 && mount -t tmpfs none /mnt && command -v nsenter"],
+            capture_output=True, text=True)
     except OSError as error:
         return str(error)
     return (found.stderr.strip() or "networks cannot be made here") if found.returncode else None
@@ -35,8 +36,10 @@ class RayNodes(Started):
     """The process that has the nodes. address: of Ray; jobs: of its job server, None without a dashboard; prefix: words
     before a command that shall run where it can reach them; environment: what it needs."""
 
-    def __init__(self, log: Path, count: int, *, cpus: int = 1, dashboard: bool = False, networks: bool = False):
-        words = [f"--cpus={cpus}", *(["--dashboard"] if dashboard else []), *(["--networks"] if networks else [])]
+    def __init__(self, log: Path, count: int, *, cpus: int = 1, dashboard: bool = False, networks: bool = False,
+                 own_disks: Path | None = None):
+        words = [f"--cpus={cpus}", *(["--dashboard"] if dashboard else []), *(["--networks"] if networks else []),
+                 *([f"--own-disks={own_disks}"] if own_disks is not None else [])]
         super().__init__([sys.executable, str(HERE / "nodes.py"), str(count), *words], log, stdin=subprocess.PIPE)
         self._networks, self._dashboard, self._told = networks, dashboard, 0
         self._take(self._said("address "))
@@ -93,10 +96,10 @@ class RayNodes(Started):
 
 
 @contextmanager
-def ray_nodes(log: Path, count: int, *, cpus: int = 1, dashboard: bool = False, networks: bool = False
-              ) -> Iterator[RayNodes]:
+def ray_nodes(log: Path, count: int, *, cpus: int = 1, dashboard: bool = False, networks: bool = False,
+              own_disks: Path | None = None) -> Iterator[RayNodes]:
     """A cluster of a head and so many nodes of so many CPUs, until the block ends."""
-    nodes = RayNodes(log, count, cpus=cpus, dashboard=dashboard, networks=networks)
+    nodes = RayNodes(log, count, cpus=cpus, dashboard=dashboard, networks=networks, own_disks=own_disks)
     try:
         yield nodes
     finally:

@@ -216,10 +216,11 @@ def hung_rank(run_dir: Path, reference: Results, name: str) -> Outcome:
 # ----------------------------------------------------------------------------------------------------------- the nodes
 
 def lost_node(run_dir: Path, reference: Results, name: str, overrides: tuple[str, ...] = (), *, cpus: int = 1,
-              networks: bool = False) -> Outcome:
-    """Two nodes with a worker each; one is killed, and another takes its place."""
+              networks: bool = False, own_disks: Path | None = None) -> Outcome:
+    """Two nodes with a worker each; one is killed, and another takes its place. own_disks: tests/faults/nodes.py."""
     log = run_dir.with_name(f"{run_dir.name}.nodes.log")
-    with ray_nodes(log, 2, cpus=cpus, networks=networks) as nodes, case(run_dir, name) as outcome:
+    with (ray_nodes(log, 2, cpus=cpus, networks=networks, own_disks=own_disks) as nodes,
+          case(run_dir, name) as outcome):
         def start() -> TinyRun:
             return TinyRun(run_dir, *overrides, environment=nodes.environment, prefix=nodes.prefix)
 

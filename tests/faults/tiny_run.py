@@ -26,7 +26,7 @@ STANDS_STILL_S = 420.0
 GONE_WITHIN_S = 90.0
 # Ray's own processes beside workers and tasks.
 OF_RAY = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher",
-          "SynchronizationActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester", "_StatsActor")
+          "SynchronizationActor", "_AutoscalingCoordinatorActor", "AutoscalingRequester", "_StatsActor", "RunFolder")
 
 _LIBC = ctypes.CDLL(None)
 _OVER = threading.Event()

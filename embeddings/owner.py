@@ -1,0 +1,197 @@
+"""Beside a run folder: what mirrors of it on other nodes (embeddings/elsewhere.py) ask for.
+
+Every name is relative to the run folder and stays in it. What is sent comes in parts into a folder of its own, which
+ends with this object, and is renamed from there; so a node that is lost in the middle leaves nothing half-written.
+Publishing and removing happen here as they do in a process of this node: for an attempt, under the lock of attempts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from embeddings import attempts, snapshots
+from embeddings.attempts import Attempt
+from embeddings.elsewhere import MANIFEST, Who
+
+
+class Owner:
+    """Answers for a run folder of this node. Methods may be called by many threads.
+
+    Args:
+        run_dir: the run folder.
+    """
+
+    def __init__(self, run_dir: Path | str):
+        self._root = Path(run_dir).absolute()
+        self._incoming, self._lock = snapshots.open_attempt(self._root / "incoming")
+        self._acting = threading.Lock()  # whom this process acts for is one thing for all its threads
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        shutil.rmtree(self._incoming, ignore_errors=True)
+        os.close(self._lock)
+
+    def _at(self, name: str) -> Path:
+        parts = name.split("/")
+        if "\0" in name or name != "." and any(part in ("", ".", "..") for part in parts):
+            raise InputError(f"{self._root}: the name {name!r} leads out of the run folder")
+        return self._root / name
+
+    @contextlib.contextmanager
+    def _for(self, who: Who) -> Iterator[None]:
+        with self._acting, attempts.acting(None if who is None else Attempt(self._root, *who)):
+            yield
+
+    # --- reading ---
+
+    def facts(self, name: str) -> tuple[int, int] | None:
+        """Size and time (ns) of a file; None where there is none."""
+        path = self._at(name)
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if path.is_file():
+                return found.st_size, found.st_mtime_ns
+        return None
+
+    def read(self, name: str, begin: int, most: int) -> bytes:
+        """Bytes of a file, `most` of them at most."""
+        with open(self._at(name), "rb") as file:
+            file.seek(begin)
+            return file.read(most)
+
+    def note(self, name: str) -> bytes | None:
+        """A small file; None where there is none."""
+        try:
+            return self._at(name).read_bytes()
+        except OSError:
+            return None
+
+    def names(self, name: str) -> list[str]:
+        """What a folder holds; nothing where there is none."""
+        try:
+            return sorted(os.listdir(self._at(name)))
+        except OSError:
+            return []
+
+    def files(self, name: str) -> list[str]:
+        """The files of a folder and below it, relative to it; those that are being written are left out."""
+        top = self._at(name)
+        return sorted(path.relative_to(top).as_posix() for path in top.rglob("*")
+                      if path.is_file() and not any(part.startswith(".") for part in path.relative_to(top).parts))
+
+    def manifests(self, name: str) -> dict[str, tuple[int, int]]:
+        """The folders with a manifest that lie in a folder: name to the `facts` of the manifest."""
+        found = {inner: self.facts(f"{name}/{inner}/{MANIFEST}") for inner in self.names(name)
+                 if not inner.startswith(".")}
+        return {inner: facts for inner, facts in found.items() if facts is not None}
+
+    # --- writing ---
+
+    def take(self, upload: str, begin: int, data: bytes) -> None:
+        """A part of a file that is sent."""
+        with open(self._incoming / uuid.UUID(upload).hex, "r+b" if begin else "wb") as file:
+            file.seek(begin)
+            file.write(data)
+
+    def _arrived(self, upload: str, size: int) -> Path:
+        path = self._incoming / uuid.UUID(upload).hex
+        if path.stat().st_size != size:
+            raise OSError(f"{path.stat().st_size} of {size} bytes came")
+        return path
+
+    def place(self, name: str, upload: str, size: int, who: Who) -> None:
+        """A file that was sent, in its place."""
+        path, sent = self._place_for(name, who), self._arrived(upload, size)
+        with self._for(who), attempts.publishing():
+            os.replace(sent, path)
+
+    def put(self, name: str, data: bytes, who: Who) -> None:
+        """A small file, whole at once."""
+        path = self._place_for(name, who)
+        sent = self._incoming / uuid.uuid4().hex
+        sent.write_bytes(data)
+        with self._for(who), attempts.publishing():
+            os.replace(sent, path)
+
+    def _place_for(self, name: str, who: Who) -> Path:
+        """Its folder is made. What tasks pass on lies in a hidden folder of their stage: where that is gone, it shall
+        not come again."""
+        path, top = self._at(name), name.split("/")[0]
+        if who is None and top.startswith(".") and not (self._root / top).is_dir():
+            raise FileNotFoundError(f"{self._root / top} is gone")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_note(self, name: str, data: bytes, only_first: bool) -> bool:
+        """A small file in a folder that is there; with `only_first` unless there is one. Whether it was written."""
+        path = self._at(name)
+        sent = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            sent.write_bytes(data)
+            if not only_first:
+                os.replace(sent, path)
+                return True
+            return attempts.link_first(sent, path)
+        finally:
+            sent.unlink(missing_ok=True)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Bytes at the end of a file."""
+        descriptor = os.open(self._at(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while data:
+                data = data[os.write(descriptor, data):]
+        finally:
+            os.close(descriptor)
+
+    def make_folder(self, name: str) -> None:
+        """An empty folder; those above it are made."""
+        self._at(name).mkdir(parents=True)
+
+    def remove(self, name: str, who: Who) -> None:
+        """Take a folder or a file away."""
+        path = self._at(name)
+        with self._for(who):
+            if path.is_file():
+                with attempts.publishing():
+                    path.unlink(missing_ok=True)
+            else:
+                snapshots.remove(path)
+
+    def publish(self, name: str, sent: dict[str, tuple[str, int]], manifest: dict[str, Any], replace: bool, who: Who
+                ) -> tuple[bytes, int] | None:
+        """`snapshots.publish` of files that were sent: the manifest's bytes and its time (ns); None where the same was
+        there already."""
+        arrived, written = {inner: self._arrived(*one) for inner, one in sent.items()}, []
+
+        def write(into: Path) -> None:
+            written.append(into)
+            for inner, path in arrived.items():
+                (into / inner).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(path, into / inner)
+
+        with self._for(who):
+            target = snapshots.publish(self._at(name), write, manifest, replace=replace)
+        if not written:
+            for path in arrived.values():
+                path.unlink(missing_ok=True)
+            return None
+        path = target / MANIFEST
+        return path.read_bytes(), path.stat().st_mtime_ns
+
+    def gather(self, writing: str, name: str, manifest: dict[str, Any], but: str, who: Who) -> None:
+        """`snapshots.publish_from` of a folder that is here."""
+        with self._for(who):
+            snapshots.publish_from(self._at(writing), self._at(name), manifest, but=but)
+
+    def begin_group(self, driver: int, work: str) -> int:
+        """`attempts.begin_group`; the number of the group."""
+        return attempts.begin_group(Attempt(self._root, driver), work).number

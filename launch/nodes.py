@@ -1,0 +1,127 @@
+"""A run over nodes that share no disk: the run folder stays on the driver's node, and others see it through an actor.
+
+The driver's node has the run folder, the whole of it. Where the cluster may have other nodes, an actor beside it
+answers for the folder (embeddings/owner.py). A task or training worker first looks whether the folder at its own path
+is the one that is meant: where all nodes share it, that is all. Where it is not, the process sees it through the actor
+(embeddings/elsewhere.py): reads come from there when they are made, and whatever is published goes there.
+
+The actor is the driver's own and ends with it: a process that was cut off then has nobody left to publish to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from configs.errors import WatchtowerError
+from embeddings import elsewhere
+from embeddings.attempts import Attempt, acts_for, sees
+from embeddings.elsewhere import Mirror
+from trainer import watchdog
+
+CALLS_AT_ONCE = 32
+FOUND_WITHIN_S = 30.0  # an actor, by its name, once its driver has begun to start it
+LOOKS_WITHIN_S = 2.0  # a shared folder may show a record late
+
+_seen: dict[str | None, Mirror | None] = {}  # by what the folder's record says of itself: how this process sees it
+
+
+@contextlib.contextmanager
+def folder_for_nodes() -> Iterator[None]:
+    """While the block runs, processes on all nodes of the cluster that `ray.init` has joined see the run folder of the
+    attempt that this process acts for."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    attempt = acts_for()
+    if attempt is None or attempt.place is None:
+        yield
+        return
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_concurrency=CALLS_AT_ONCE, max_restarts=0, name=_name(attempt),
+                       scheduling_strategy=here)(RunFolder).remote(str(attempt.run_dir))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            ray.get(actor.close.remote(), timeout=10)
+        with contextlib.suppress(Exception):
+            ray.kill(actor)
+
+
+class RunFolder:
+    """embeddings.owner.Owner in a process of the driver's node."""
+
+    def __init__(self, run_dir: str):
+        from embeddings.owner import Owner
+
+        self._owner = Owner(run_dir)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._owner, method)(*arguments)
+
+    def close(self) -> None:
+        self._owner.close()
+
+
+def _name(attempt: Attempt) -> str:
+    return f"watchtower-folder-{attempt.place}"
+
+
+def see_folder(attempt: Attempt) -> None:
+    """From now on this process sees the run folder of an attempt, wherever it lies.
+
+    Raises:
+        WatchtowerError: it does not lie here, and nobody answers for it.
+    """
+    if attempt.place not in _seen:
+        _seen.clear()
+        elsewhere.see_through(None)
+        _seen[attempt.place] = None if attempt.place is None or _is_here(attempt) else _mirror_of(attempt)
+    elsewhere.see_through(_seen[attempt.place])
+
+
+def _is_here(attempt: Attempt) -> bool:
+    until = time.monotonic() + LOOKS_WITHIN_S
+    while not (found := sees(attempt)) and attempt.run_dir.is_dir() and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def _mirror_of(attempt: Attempt) -> Mirror:
+    import ray
+
+    until = time.monotonic() + FOUND_WITHIN_S
+    while True:
+        try:
+            actor = ray.get_actor(_name(attempt))
+            break
+        except ValueError as error:
+            if time.monotonic() > until:
+                raise WatchtowerError(f"{attempt.run_dir}: this node does not share the run folder, and the driver's "
+                                      "node does not answer for it; the driver may be gone") from error
+            time.sleep(0.2)
+
+    def call(method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(actor.ask.remote(method, *arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, (WatchtowerError, OSError)) else error) from None
+        except ray.exceptions.RayActorError as error:
+            raise ConnectionError(f"{attempt.run_dir}: the driver's node, which has the run folder, does not answer "
+                                  "any more") from error
+
+    mirror = Mirror(attempt.run_dir, call, watchdog.moved)
+    mirror.tidy()
+    return mirror
+
+
+@contextlib.contextmanager
+def at_work(attempt: Attempt | None) -> Iterator[None]:
+    """`trainer.watchdog.at_work`, in a process of any node."""
+    if attempt is not None:
+        see_folder(attempt)
+    with watchdog.at_work(attempt):
+        yield
