@@ -657,7 +657,7 @@ class StorageConfig(Section):
     """A run folder behind a URL (docs/cluster.md, Storage). None of it can change a result."""
 
     work_dir: Text | None = Field(
-        None, description="folder that a run whose run_dir is a URL works in; with several machines one they share; "
+        None, description="folder of the driver's node that a run whose run_dir is a URL works in; "
                           "null: one in the user's cache (XDG_CACHE_HOME, ~/.cache)")
     every_s: Annotated[float, Field(gt=0, le=600)] = Field(
         5.0, description="seconds between two looks for what was published and is carried to the URL")

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 OVERLAYS = [f"{size}/{kind}" for size in ("cpu", "gpu-1", "gpu-8") for kind in ("job", "cluster")]
+OWN_DISKS = ["cpu/job-s3", "gpu-8/job-s3"]  # without a volume that pods share
 KUBERNETES = "1.32"
 USER = 10001  # of docker/Dockerfile
 FIELDS = {  # of ray.io/v1, as far as they are of use to us
@@ -42,7 +43,12 @@ def build(folder: Path) -> list[dict[str, Any]]:
     for patch in kustomization.get("patches", []):
         (found,) = [each for each in objects if each["kind"] == patch["target"]["kind"]
                     and each["metadata"]["name"] == patch["target"]["name"]]
-        for step in yaml.safe_load(patch["patch"]):
+        steps = yaml.safe_load(patch["patch"])
+        if isinstance(steps, dict):
+            assert steps["$patch"] == "delete" and steps["metadata"]["name"] == found["metadata"]["name"], steps
+            objects.remove(found)
+            continue
+        for step in steps:
             apply(found, step)
     return objects
 
@@ -52,14 +58,17 @@ def apply(target: Any, step: dict[str, Any]) -> None:
     *way, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].split("/")[1:]]
     for part in way:
         target = target[int(part)] if isinstance(target, list) else target[part]
-    assert isinstance(target, dict) and step["op"] in ("add", "replace"), step
-    assert (last in target) == (step["op"] == "replace"), f"{step['path']}: {step['op']}"
-    target[last] = step["value"]
+    assert isinstance(target, dict) and step["op"] in ("add", "replace", "remove"), step
+    assert (last in target) == (step["op"] != "add"), f"{step['path']}: {step['op']}"
+    if step["op"] == "remove":
+        del target[last]
+    else:
+        target[last] = step["value"]
 
 
 @pytest.fixture(scope="module")
 def built(repository: Path) -> dict[str, list[dict[str, Any]]]:
-    return {name: build(repository / "docker/kubernetes/overlays" / name) for name in OVERLAYS}
+    return {name: build(repository / "docker/kubernetes/overlays" / name) for name in OVERLAYS + OWN_DISKS}
 
 
 def test_kustomize_makes_the_same_of_them(repository: Path, built) -> None:
@@ -104,7 +113,7 @@ def problems(objects: list[dict], ray_version: str) -> list[str]:
         if not kept:
             found.append(what)
 
-    cluster = cluster_of(objects)
+    cluster, claims = cluster_of(objects), of_kind(objects, "PersistentVolumeClaim")
     head, (workers, *others) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     hold("KubeRay knows no such field of a cluster", set(cluster) <= FIELDS["cluster"])
     hold("KubeRay knows no such field of a group", set(head) <= FIELDS["head"] and set(workers) <= FIELDS["worker"])
@@ -121,7 +130,10 @@ def problems(objects: list[dict], ray_version: str) -> list[str]:
             isinstance(spec.get(name), int) and spec[name] > 0 for name in
             ("backoffLimit", "activeDeadlineSeconds", "ttlSecondsAfterFinished")))
         hold("the cluster stays", spec.get("shutdownAfterJobFinishes") is True)
-        hold("the run folder is on no shared volume", " run_dir=/runs/" in spec["entrypoint"])
+        hold("the run folder is on no shared volume", not claims or " run_dir=/runs/" in spec["entrypoint"])
+        hold("the run folder goes with its pod", bool(claims) or " run_dir=s3://" in spec["entrypoint"]
+             and " storage.work_dir=/runs/" in spec["entrypoint"])
+        hold("logs are on one pod's disk", bool(claims) or not re.search(r" data\.\w+=/", spec["entrypoint"]))
         asked = int(re.search(r"train\.workers=(\d+)", spec["entrypoint"])[1])
         container = workers["template"]["spec"]["containers"][0]
         gpus = int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
@@ -131,13 +143,13 @@ def problems(objects: list[dict], ray_version: str) -> list[str]:
     images = {pod["spec"]["containers"][0]["image"] for pod in pods_of(objects).values()}
     hold("head, workers and submitter differ in their image", len(images) == 1)
     for name, pod in pods_of(objects).items():
-        found += [f"{name}: {what}" for what in pod_problems(pod["spec"], name)]
-    for claim in of_kind(objects, "PersistentVolumeClaim"):
+        found += [f"{name}: {what}" for what in pod_problems(pod["spec"], name, own_disk=not claims)]
+    for claim in claims:
         hold("pods of several nodes cannot share it", claim["spec"]["accessModes"] == ["ReadWriteMany"])
     return found
 
 
-def pod_problems(pod: dict, name: str) -> list[str]:
+def pod_problems(pod: dict, name: str, own_disk: bool) -> list[str]:
     found: list[str] = []
     (container,), security = pod["containers"], pod.get("securityContext", {})
     if not (security.get("runAsNonRoot") is True and security.get("runAsUser") == USER):
@@ -161,7 +173,10 @@ def pod_problems(pod: dict, name: str) -> list[str]:
     shm = mounts.get("/dev/shm", {}).get("emptyDir", {})
     if not (shm.get("medium") == "Memory" and shm.get("sizeLimit")):
         found.append("/dev/shm has no size")
-    if mounts.get("/runs", {}).get("persistentVolumeClaim") != {"claimName": "watchtower-runs"}:
+    runs = {kind: value for kind, value in mounts.get("/runs", {}).items() if kind != "name"}
+    if own_disk and not (runs.keys() == {"emptyDir"} and runs["emptyDir"].get("sizeLimit")):
+        found.append("/runs is no disk of its own, of a size")
+    if not own_disk and runs != {"persistentVolumeClaim": {"claimName": "watchtower-runs"}}:
         found.append("/runs is not the shared volume")
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         # Paths that Ray answers without a token; KubeRay's own probes need wget, which the image lacks.
@@ -176,7 +191,7 @@ def ray_version(repository: Path) -> str:
     return re.search(r"^ray==(.+)$", (repository / "packaging/constraints-cpu.txt").read_text(), re.MULTILINE)[1]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", OVERLAYS + OWN_DISKS)
 def test_overlays_keep_the_promises(built, ray_version: str, name: str) -> None:
     assert problems(built[name], ray_version) == []
 
@@ -198,7 +213,7 @@ def test_core_objects_and_pods_are_of_kubernetes_schema(built) -> None:
             kubernetes_validate.validate(each, KUBERNETES, strict=True)
             checked += 1
         assert {each["apiVersion"] for each in objects} == {"v1", "ray.io/v1"}, name
-    assert checked == 2 * 6 + 3 * 3 + 2 * 3
+    assert checked == 2 * 6 + 3 * 3 + 2 * 3 + (1 + 3) * 2
     pods[0]["spec"]["containers"][0]["imagePolicy"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(pods[0], KUBERNETES, strict=True)
@@ -224,9 +239,15 @@ WORKERS = ("rayClusterSpec", "workerGroupSpecs", 0)
     (("submitterPodTemplate", "spec", "containers", 0, "resources"), {}, "submitter: no requests"),
     (("backoffLimit",), None, "no end"), (("ttlSecondsAfterFinished",), 0, "no end"),
     (("entrypoint",), "watchtower run x run_dir=/runs/x train.workers=7", "train.workers"),
-    (("entrypoint",), "watchtower run x run_dir=runs/x train.workers=64", "on no shared volume")])
+    (("entrypoint",), "watchtower run x run_dir=runs/x train.workers=64", "on no shared volume"),
+    ((*HEAD, "volumes", 2, "emptyDir"), {}, "head: /runs is not the shared volume"),
+    (("own disks", "entrypoint"), "watchtower run x run_dir=/runs/x train.workers=64", "goes with its pod"),
+    (("own disks", "entrypoint"), "watchtower run x run_dir=s3://b/x storage.work_dir=/runs/x data.logs=/runs/logs "
+     "train.workers=64", "logs are on one pod's disk"),
+    (("own disks", *HEAD, "volumes", 2, "emptyDir"), {}, "head: /runs is no disk of its own")])
 def test_a_broken_promise_is_found(built, ray_version: str, way: tuple, value: Any, problem: str) -> None:
-    objects = copy.deepcopy(built["gpu-8/job"])
+    objects = copy.deepcopy(built["gpu-8/job-s3" if way[0] == "own disks" else "gpu-8/job"])
+    way = tuple(part for part in way if part != "own disks")
     target = of_kind(objects, "RayJob")[0]["spec"]
     for part in way[:-1]:
         target = target[part]
