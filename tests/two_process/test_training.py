@@ -228,15 +228,15 @@ def failing_saves(root, rank, workers):
     from configs.errors import WatchtowerError
     from trainer import checkpoint
 
-    told, publish, write_state = {}, checkpoint.publish, checkpoint.write_state
+    told, publish, write_state = {}, checkpoint.publish_from, checkpoint.write_state
     for case, bad in (("save-fails-first", 0), ("save-fails-last", 1)):
         run, ahead = Run(root, "world", case, rank, workers), threading.Event()
 
-        def published(folder, *args, ahead=ahead, bad=bad, **named):
+        def published(writing, folder, *args, ahead=ahead, bad=bad, **named):
             assert folder.name != "step-4" or ahead.wait(200)
             if folder.name == "step-8" and bad == 0:
                 raise OSError("the machine went away")
-            return publish(folder, *args, **named)
+            return publish(writing, folder, *args, **named)
 
         def written(state, folder, rank, bad=bad):
             if folder.name.startswith(".step-8.") and rank == bad == 1:
@@ -247,13 +247,13 @@ def failing_saves(root, rank, workers):
             if after_step(6)(event, fields):
                 ahead.set()
 
-        checkpoint.publish, checkpoint.write_state, error = published, written, None
+        checkpoint.publish_from, checkpoint.write_state, error = published, written, None
         try:
             run.train(config_of(case), TRANSFORMER, stop)
         except WatchtowerError as failed:
             error = (type(failed).__name__, str(failed))
         finally:
-            checkpoint.publish, checkpoint.write_state = publish, write_state
+            checkpoint.publish_from, checkpoint.write_state = publish, write_state
         told[case] = run.told() | {"error": error, "left": sorted(
             path.name for path in (run.folder / "checkpoints/dt/seed=0").iterdir())}
     run.workers.barrier()
