@@ -12,6 +12,7 @@ driver does. Whoever publishes looks right before the rename, under the lock, so
 the look and the rename. One that was cut off gets `Superseded` there and publishes nothing.
 
 A process acts for one attempt at a time (`acting`, `act_for`), all its threads with it; without one nothing is checked.
+Only who answers for a run folder of this node to others (embeddings/owner.py) acts for one in each thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -103,6 +105,7 @@ class Attempt:
 
 
 _acting_for: Attempt | None = None
+_this_thread = threading.local()
 
 
 def act_for(attempt: Attempt | None) -> Attempt | None:
@@ -113,13 +116,24 @@ def act_for(attempt: Attempt | None) -> Attempt | None:
 
 
 def acts_for() -> Attempt | None:
-    """The attempt that this process acts for."""
-    return _acting_for
+    """The attempt that this process acts for, or this thread."""
+    return getattr(_this_thread, "attempt", _acting_for)
 
 
 def who() -> elsewhere.Who:
     """The numbers of that attempt; None without one."""
-    return None if _acting_for is None else (_acting_for.driver, _acting_for.group)
+    attempt = acts_for()
+    return None if attempt is None else (attempt.driver, attempt.group)
+
+
+@contextlib.contextmanager
+def this_thread_acts_for(attempt: Attempt | None) -> Iterator[None]:
+    """While the block runs, this thread acts for `attempt`, whatever its process does: for who answers several."""
+    _this_thread.attempt = attempt
+    try:
+        yield
+    finally:
+        del _this_thread.attempt
 
 
 @contextlib.contextmanager
@@ -134,10 +148,11 @@ def acting(attempt: Attempt | None) -> Iterator[Attempt | None]:
 @contextlib.contextmanager
 def publishing() -> Iterator[None]:
     """`Attempt.publishing` of the attempt that this process acts for; nothing where it acts for none."""
-    if _acting_for is None:
+    attempt = acts_for()
+    if attempt is None:
         yield
         return
-    with _acting_for.publishing():
+    with attempt.publishing():
         yield
 
 

@@ -7,7 +7,11 @@ So one node has the whole and the say, and every other one as much of it as it h
 
     of a snapshot      the manifest each time it is read; a file once, and again where it is not what the manifest says
     of other files     when size or time differ from the owner's
-    of notes           (embeddings/attempts.py) their bytes, at most every FRESH_S
+    of notes           (embeddings/attempts.py) their bytes, at most FRESH_S old; none of them stays here
+
+    .mirror/           marks a folder as a mirror: locks of this node's processes, and a folder of each of them, where
+                       everything is written before it is renamed. Without it a process changes nothing at this path
+                       any more: another driver has the folder now
 
 Without a mirror, which is the rule, every function here does nothing: the path is what it seems.
 """
@@ -26,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, WatchtowerError
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20
@@ -37,13 +41,25 @@ PASSED_ON = (".ingest.attempt-", ".replay", ".co-views.")
 """How the folders begin by which tasks of a stage pass on what is no result."""
 
 MARK = ".mirror"
-"""Of a folder that is a mirror; it has its locks."""
-
 LOCKS = 64
-"""Of a node, by path: two of its processes that want the same file do not both bring it."""
+"""Of folders, and of files, by path: two of a node's processes that want the same do not both bring it."""
+
+TRIES = 5
+"""Of a file that changes while it is read."""
+
+POLL_S = 0.05
 
 Who = tuple[int, int | None] | None
 """The numbers of the attempt that something is published for: driver, and group of workers; None: for none."""
+
+
+class Away(Exception):
+    """The owner does not answer. Nothing is known of any file: it is none of the errors that say that one is not there,
+    or damaged."""
+
+
+class Shared(Exception):
+    """The folder at this path is the owner's own: there is nothing to mirror."""
 
 
 class Mirror:
@@ -51,27 +67,38 @@ class Mirror:
 
     Args:
         root: the run folder's path.
-        call: calls a method of the owner, by name; raises what that raises.
-        moved: called after each part of a file that came or went.
+        call: calls a method of the owner, by name; raises what that raises, and Away.
+        moved: called whenever something got on.
 
     Raises:
-        InputError: there is a run folder at this path, which is another one.
+        InputError: there is a run folder at this path, which is another one; or none can be made.
+        Shared: it is the owner's.
     """
 
     def __init__(self, root: Path, call: Callable[..., Any], moved: Callable[[], None] = lambda: None):
         self.root, self._call, self._moved = Path(root).absolute(), call, moved
         self._notes: dict[str, tuple[float, bytes | None]] = {}
         self._notes_lock = threading.Lock()
-        if (self.root / "attempts" / "record.json").exists():
-            raise InputError(f"{self.root}: this node has a run folder of its own at this path, which is not the one "
-                             "that its driver works in. Name a folder that all nodes share or that only the driver's "
-                             "node has (run_dir, storage.work_dir), or move this one away")
+        if _record(self.root).exists():
+            raise InputError(f"{self.root}: on this node there is another run folder at this path, of a driver of its "
+                             "own, or a later driver has taken the run over. If it is another run's, name a folder "
+                             "that all nodes share or that only the driver's node has (run_dir, storage.work_dir)")
         try:
-            (self.root / MARK).mkdir(parents=True, exist_ok=True)
+            self._own, self._lock = _own_folder(self.root / MARK)
         except OSError as error:
             raise InputError(f"{self.root}: this node has no such folder, and it cannot be made here to keep what is "
                              f"read of the run ({error.strerror}). Name one that can be made on all nodes (run_dir, "
                              "storage.work_dir)") from error
+        if self._call("exists", self.name(self._own)):
+            self.close()
+            raise Shared
+
+    def close(self) -> None:
+        """Take away what this process has for itself."""
+        shutil.rmtree(self._own, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may be at work, too
+            self._own.parent.rmdir()
+        os.close(self._lock)
 
     def holds(self, path: Path | str) -> bool:
         """Whether a path lies in the run folder."""
@@ -84,28 +111,23 @@ class Mirror:
     # --- reading ---
 
     def bring(self, path: Path) -> None:
-        """Make a file here what it is at the owner; one that is not there goes here, too."""
+        """Make a file here what it is at the owner; one that is not there goes here, too. With another manifest than
+        before goes what lies beside it: that is of the snapshot before."""
         if self.name(path).startswith("attempts/"):
-            return  # notes, and what says whose folder this is: none of them stays here
-        facts = self._call("facts", self.name(path))
-        if facts is None:
-            path.unlink(missing_ok=True)
+            return  # notes, and what says whose folder this is
+        is_manifest = path.name == MANIFEST
+        if is_manifest and _facts(path) == self._facts_there(path):
             return
-        with self._alone(path):
-            if _facts(path) == tuple(facts):
-                return
-            if path.name == MANIFEST:  # what lies beside it is of the snapshot before
-                drop(path.parent)
-            self._fetch(path, *facts)
+        with self._folder(path.parent, alone=is_manifest), self._file(path):
+            self._fetch(path, lambda there: _facts(path) == there, instead_of=path.parent if is_manifest else None)
 
-    def bring_whole(self, path: Path, size: int) -> None:
+    def bring_whole(self, folder: Path, name: str, size: int) -> None:
         """Have a file of a snapshot here, whose manifest says how large it is; what is here in that size stays."""
-        with self._alone(path):
+        path = folder / name
+        with self._folder(folder), self._file(path):
             found = _facts(path)
             if found is None or found[0] != size:
-                facts = self._call("facts", self.name(path))
-                if facts is not None:
-                    self._fetch(path, *facts)
+                self._fetch(path, lambda there: False)
 
     def bring_folder(self, folder: Path) -> None:
         """All files of a folder that is no snapshot."""
@@ -122,25 +144,30 @@ class Mirror:
         there = {name: tuple(facts) for name, facts in self._call("manifests", self.name(parent)).items()}
         for folder in parent.iterdir() if parent.is_dir() else ():
             if folder.is_dir() and not folder.name.startswith(".") and folder.name not in there:
-                drop(folder)
+                with self._folder(folder, alone=True):
+                    self._drop(folder)
         for name, facts in there.items():
-            path = parent / name / MANIFEST
-            if _facts(path) != facts:
-                self.bring(path)
+            if _facts(parent / name / MANIFEST) != facts:
+                self.bring(parent / name / MANIFEST)
 
     def size(self, path: Path) -> int | None:
         """Bytes of a file at the owner; None where there is none."""
-        facts = self._call("facts", self.name(path))
-        return None if facts is None else facts[0]
+        there = self._facts_there(path)
+        return None if there is None else there[0]
 
     def tidy(self) -> None:
-        """Take away here what stages that are over have left of what they passed between their tasks."""
+        """Take away here what processes that are dead were writing, and what stages that are over passed on."""
+        for own in (self.root / MARK).iterdir():
+            if own.is_dir() and own != self._own:
+                with _lock_of(own) as is_dead:
+                    if is_dead:
+                        shutil.rmtree(own, ignore_errors=True)
         for folder in (self.root, self.root / "channels"):
             passed = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.name.startswith(PASSED_ON)]
             there = self.names(folder) if passed else ()
             for path in passed:
                 if path.name not in there:
-                    drop(path)
+                    self._drop(path)
 
     def note(self, path: Path) -> bytes | None:
         """A small file's bytes, at most FRESH_S old; None where there is none."""
@@ -154,32 +181,101 @@ class Mirror:
             self._notes[name] = time.monotonic(), data
         return data
 
-    def _fetch(self, path: Path, size: int, modified_ns: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name, beside = self.name(path), path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    def _facts_there(self, path: Path) -> tuple[int, int] | None:
+        found = self._call("facts", self.name(path))
+        return None if found is None else tuple(found)
+
+    def _fetch(self, path: Path, is_here: Callable[[tuple[int, int]], bool], instead_of: Path | None = None) -> None:
+        """Have a file here as it is at the owner, whole. instead_of: a folder that it takes the place of, first."""
+        beside = self._spare()
         try:
-            with open(beside, "wb") as file:
-                while file.tell() < size and (part := self._call("read", name, file.tell(),
-                                                                 min(CHUNK_BYTES, size - file.tell()))):
-                    file.write(part)
-                    self._moved()
-            os.utime(beside, ns=(modified_ns, modified_ns))
-            os.replace(beside, path)
+            for _ in range(TRIES):
+                there = self._facts_there(path)
+                if there is None:
+                    path.unlink(missing_ok=True)
+                    return
+                if is_here(there):
+                    return
+                with contextlib.suppress(FileNotFoundError):
+                    self._copy(path, beside, there[0])
+                    if self._facts_there(path) == there:
+                        os.utime(beside, ns=(there[1], there[1]))
+                        if instead_of is not None:
+                            self._drop(instead_of)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        self._check()
+                        os.replace(beside, path)
+                        return
         finally:
             beside.unlink(missing_ok=True)
+        raise WatchtowerError(f"{path}: has changed {TRIES} times while it was brought from the driver's node")
+
+    def _copy(self, path: Path, beside: Path, size: int) -> None:
+        self._check()
+        name = self.name(path)
+        with open(beside, "wb") as file:
+            while file.tell() < size:
+                part = self._call("read", name, file.tell(), min(CHUNK_BYTES, size - file.tell()))
+                if not part:
+                    raise FileNotFoundError(f"{path}: is shorter than it was")
+                file.write(part)
+                self._moved()
+
+    # --- this node's processes among each other ---
+
+    def _check(self) -> None:
+        """Raises a WatchtowerError where the mirror was taken away: nothing at this path is ours to change."""
+        if not self._own.is_dir():
+            raise WatchtowerError(f"{self.root}: was taken away: another driver works in this folder, on this node")
+
+    def _spare(self) -> Path:
+        return self._own / uuid.uuid4().hex
+
+    def _drop(self, path: Path) -> None:
+        """Take away what this node holds of a path, at once."""
+        self._check()
+        aside = self._spare()
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, aside)
+            _delete(aside)
+
+    def _folder(self, folder: Path, alone: bool = False):
+        """Nobody takes a folder away while the block runs; alone: nobody else brings anything into it, either."""
+        return self._held(f"folder-{self._number(folder)}", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+
+    def _file(self, path: Path):
+        return self._held(f"file-{self._number(path)}", fcntl.LOCK_EX)
+
+    def _number(self, path: Path) -> int:
+        return zlib.crc32(self.name(path).encode()) % LOCKS
 
     @contextlib.contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
-        lock = self.root / MARK / str(zlib.crc32(self.name(path).encode()) % LOCKS)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _held(self, name: str, how: int) -> Iterator[None]:
+        self._check()
+        descriptor = os.open(self.root / MARK / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while _flock(descriptor, how | fcntl.LOCK_NB) is False:
+                time.sleep(POLL_S)
+                self._moved()  # the one that has it is watched over, too
             yield
         finally:
             os.close(descriptor)
 
     # --- writing ---
+
+    @contextlib.contextmanager
+    def workshop(self, folder: Path) -> Iterator[Path]:
+        """See `elsewhere.workshop`."""
+        self._check()
+        here = self._spare()
+        here.mkdir()
+        try:
+            yield here
+            self._check()
+            for path in sorted(path for path in here.rglob("*") if path.is_file()):
+                self.deliver(path, folder / path.relative_to(here))
+        finally:
+            shutil.rmtree(here, ignore_errors=True)
 
     def deliver(self, path: Path, place: Path, who: Who = None) -> None:
         """Put a file in a place at the owner, whole; with `who`, under the lock of attempts.
@@ -198,6 +294,7 @@ class Mirror:
         return self._call("write_note", self.name(path), data, only_first)
 
     def append(self, path: Path, data: bytes) -> None:
+        """A line at the end of a file."""
         self._call("append", self.name(path), data)
 
     def make_folder(self, folder: Path) -> None:
@@ -206,21 +303,33 @@ class Mirror:
     def remove(self, path: Path, who: Who = None) -> None:
         """Take a folder or a file away at the owner, and here."""
         self._call("remove", self.name(path), who)
-        drop(path)
+        with self._folder(path, alone=True):
+            self._drop(path)
 
-    def publish(self, folder: Path, target: Path, manifest: Mapping[str, Any], replace: bool, who: Who) -> None:
-        """`snapshots.publish` at the owner, of the files of a folder that is here; it stays here as the copy of it."""
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        sent = {name: self._sent(path) for name, path in files.items()}
-        sealed = self._call("publish", self.name(target), sent, dict(manifest), replace, who)
-        if sealed is None:
-            return  # somebody else was faster
-        data, modified_ns = sealed
-        (folder / MANIFEST).write_bytes(data)
-        os.utime(folder / MANIFEST, ns=(modified_ns, modified_ns))
-        drop(target)
-        with contextlib.suppress(OSError):  # another process of this node was faster
-            os.rename(folder, target)
+    def publish(self, target: Path, write: Callable[[Path], None], manifest: Mapping[str, Any], replace: bool, who: Who
+                ) -> None:
+        """`snapshots.publish` at the owner, of files that are written here; they stay here as the copy of it."""
+        self._check()
+        folder = self._spare()
+        folder.mkdir()
+        try:
+            write(folder)
+            files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            sent = {name: self._sent(path) for name, path in files.items()}
+            sealed = self._call("publish", self.name(target), sent, dict(manifest), replace, who)
+            if sealed is None:
+                return  # the same was there already
+            data, modified_ns = sealed
+            (folder / MANIFEST).write_bytes(data)
+            os.utime(folder / MANIFEST, ns=(modified_ns, modified_ns))
+            with self._folder(target, alone=True):
+                if self._facts_there(target / MANIFEST) == (len(data), modified_ns):
+                    self._drop(target)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._check()
+                    os.rename(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def gather(self, writing: Path, target: Path, manifest: Mapping[str, Any], but: str, who: Who) -> None:
         """`snapshots.publish_from` at the owner, of a folder that is there."""
@@ -269,35 +378,29 @@ def bring_folder(folder: Path | str) -> None:
         mirror.bring_folder(Path(folder))
 
 
-def hand_over(path: Path) -> None:
-    """Give a file that was written for the run folder's owner to it; nothing of it stays on this node."""
-    if (mirror := of(path)) is not None:
-        mirror.deliver(path, path)
-        path.unlink()
-
-
 @contextlib.contextmanager
 def workshop(folder: Path) -> Iterator[Path]:
     """Where to write the files that belong into a folder of the run folder: that one, or one of this block's own, whose
-    files are handed over at its end, if that is no error."""
+    files go to the owner at its end, if that is no error; nothing of them stays on this node."""
     mirror = of(folder)
-    if mirror is None:
-        yield folder
-        return
-    here = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    here.mkdir(parents=True)
-    try:
+    with contextlib.nullcontext(folder) if mirror is None else mirror.workshop(folder) as here:
         yield here
-        for path in sorted(path for path in here.rglob("*") if path.is_file()):
-            mirror.deliver(path, folder / path.relative_to(here))
-    finally:
-        shutil.rmtree(here, ignore_errors=True)
 
 
-def make_room(folder: Path) -> None:
-    """A folder of the run folder, which its owner has, is made here too: for what is written beside its place."""
-    if of(folder) is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+def make_folder(folder: Path) -> None:
+    """A folder that was not there, and those above it, where the run folder lies."""
+    if (mirror := of(folder)) is not None:
+        mirror.make_folder(folder)
+    else:
+        folder.mkdir(parents=True)
+
+
+def take_away(path: Path, who: Who = None) -> None:
+    """A file or a folder that is no snapshot, where the run folder lies and here, if it is there."""
+    if (mirror := of(path)) is not None:
+        mirror.remove(path, who)
+    else:
+        _delete(path)
 
 
 def names(folder: Path) -> list[str]:
@@ -307,16 +410,6 @@ def names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def clear_mirror(root: Path) -> None:
-    """Empty a folder that was a mirror of a run folder, for one that is to have it to itself: files are missing in it.
-    """
-    if (root / MARK).is_dir():
-        for path in root.iterdir():
-            if path.name not in (MARK, "run.lock"):
-                drop(path)
-        drop(root / MARK)
-
-
 def size(path: Path) -> int | None:
     """Bytes of a file of the run folder; None where there is none."""
     if (mirror := of(path)) is not None:
@@ -324,22 +417,85 @@ def size(path: Path) -> int | None:
     return found[0] if (found := _facts(path)) is not None else None
 
 
-def drop(path: Path) -> None:
-    """Take away what this node holds of a path, at once."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
-        os.rename(path, aside)
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink()
+def clear_mirror(root: Path) -> bool:
+    """Empty a folder that was a mirror of a run folder, for one that is to have it to itself: files are missing in it.
+    Whether it was one. A run folder in which the mark of a mirror lies keeps all but that.
+
+    Raises:
+        WatchtowerError: processes that work in the mirror are alive.
+    """
+    if not (root / MARK).is_dir():
+        return False
+    for own in (root / MARK).iterdir():
+        if own.is_dir():
+            with _lock_of(own) as is_dead:
+                if not is_dead:
+                    raise WatchtowerError(f"{root}: process {own.name.partition('-')[0]} of this node works for a "
+                                          "driver on another node in it; end that run first")
+    is_mirror = not _record(root).exists()
+    for path in root.iterdir() if is_mirror else ():
+        if path.name not in (MARK, "run.lock"):
+            _delete(path)
+    shutil.rmtree(root / MARK, ignore_errors=True)  # last: who is ended on the way begins again
+    return is_mirror
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _record(root: Path) -> Path:
+    return root / "attempts" / "record.json"
+
+
+def _own_folder(mark: Path) -> tuple[Path, int]:
+    """A folder of this process, and its lock, which is held as long as the process lives."""
+    while True:
+        own = mark / f"{os.getpid()}-{uuid.uuid4().hex}"
+        own.mkdir(parents=True)
+        try:
+            lock = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # before it was locked, somebody has taken it for that of a dead process
+            continue
+        _flock(lock, fcntl.LOCK_EX)
+        if own.is_dir():
+            return own, lock
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _lock_of(own: Path) -> Iterator[bool]:
+    """Whether the process that a folder belongs to is dead; its lock is ours meanwhile."""
+    try:
+        descriptor = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        had = _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield had or (had is None and not Path(f"/proc/{own.name.partition('-')[0]}").exists())
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int) -> bool | None:
+    """Whether the lock was had; None where a file system has no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _facts(path: Path) -> tuple[int, int] | None:
+    """Size and time (ns) of a file; None where there is none."""
     try:
         found = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_size, found.st_mtime_ns
-
-

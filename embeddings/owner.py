@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
+import stat
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from embeddings import attempts, snapshots
 from embeddings.attempts import Attempt
-from embeddings.elsewhere import MANIFEST, Who
+from embeddings.elsewhere import MANIFEST, PASSED_ON, Who
 
 
 class Owner:
@@ -32,7 +31,6 @@ class Owner:
     def __init__(self, run_dir: Path | str):
         self._root = Path(run_dir).absolute()
         self._incoming, self._lock = snapshots.open_attempt(self._root / "incoming")
-        self._acting = threading.Lock()  # whom this process acts for is one thing for all its threads
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -45,21 +43,28 @@ class Owner:
             raise InputError(f"{self._root}: the name {name!r} leads out of the run folder")
         return self._root / name
 
-    @contextlib.contextmanager
-    def _for(self, who: Who) -> Iterator[None]:
-        with self._acting, attempts.acting(None if who is None else Attempt(self._root, *who)):
-            yield
+    def _for(self, who: Who):
+        return attempts.this_thread_acts_for(None if who is None else Attempt(self._root, *who))
 
     # --- reading ---
 
     def facts(self, name: str) -> tuple[int, int] | None:
         """Size and time (ns) of a file; None where there is none."""
-        path = self._at(name)
-        with contextlib.suppress(OSError):
-            found = path.stat()
-            if path.is_file():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = self._at(name).stat()
+            if stat.S_ISREG(found.st_mode):
                 return found.st_size, found.st_mtime_ns
         return None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is anything."""
+        return self._at(name).exists()
+
+    def progress(self) -> int:
+        """Rises while this process reads and writes files."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return sum(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines()[:2])
+        return 0
 
     def read(self, name: str, begin: int, most: int) -> bytes:
         """Bytes of a file, `most` of them at most."""
@@ -71,14 +76,14 @@ class Owner:
         """A small file; None where there is none."""
         try:
             return self._at(name).read_bytes()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, name: str) -> list[str]:
         """What a folder holds; nothing where there is none."""
         try:
             return sorted(os.listdir(self._at(name)))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def files(self, name: str) -> list[str]:
@@ -124,9 +129,11 @@ class Owner:
     def _place_for(self, name: str, who: Who) -> Path:
         """Its folder is made. What tasks pass on lies in a hidden folder of their stage: where that is gone, it shall
         not come again."""
-        path, top = self._at(name), name.split("/")[0]
-        if who is None and top.startswith(".") and not (self._root / top).is_dir():
-            raise FileNotFoundError(f"{self._root / top} is gone")
+        path, parts = self._at(name), name.split("/")[:-1]
+        for depth, part in enumerate(parts):
+            passed_on = self._root.joinpath(*parts[:depth + 1])
+            if who is None and part.startswith(PASSED_ON) and not passed_on.is_dir():
+                raise FileNotFoundError(f"{passed_on} is gone")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -144,20 +151,23 @@ class Owner:
             sent.unlink(missing_ok=True)
 
     def append(self, name: str, data: bytes) -> None:
-        """Bytes at the end of a file."""
-        descriptor = os.open(self._at(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        """A line at the end of a file; one that was torn is ended before."""
+        descriptor = os.open(self._at(name), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
             while data:
                 data = data[os.write(descriptor, data):]
         finally:
             os.close(descriptor)
 
     def make_folder(self, name: str) -> None:
-        """An empty folder; those above it are made."""
-        self._at(name).mkdir(parents=True)
+        """A folder; those above it are made."""
+        self._at(name).mkdir(parents=True, exist_ok=True)
 
     def remove(self, name: str, who: Who) -> None:
-        """Take a folder or a file away."""
+        """Take a folder or a file away, if it is there."""
         path = self._at(name)
         with self._for(who):
             if path.is_file():

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import uuid
@@ -117,20 +118,13 @@ def publish(target: Path, write: Callable[[Path], None], manifest: Mapping[str, 
 
 def _publish_elsewhere(target: Path, write: Callable[[Path], None], manifest: dict[str, Any], replace: bool) -> Path:
     """`publish` where the run folder lies on another node: by its owner. What was written stays here as its copy."""
-    mirror = elsewhere.of(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clean_dead_attempts(target.parent)
-    attempt, lock = open_attempt(target)
     try:
-        write(attempt)
-        mirror.publish(attempt, target, manifest, replace, attempts.who())
+        elsewhere.of(target).publish(target, write, manifest, replace, attempts.who())
     except OSError as error:
         if says_disk_full(error):
-            raise InputError(f"{target}: the disk is full; nothing was published, make room and run again") from error
+            raise InputError(f"{target}: the disk of {socket.gethostname()}, or of the driver's node, is full; nothing "
+                             "was published, make room and run again") from error
         raise
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)
-        os.close(lock)
     return target
 
 
@@ -142,7 +136,6 @@ def publish_from(writing: Path, target: Path, manifest: Mapping[str, Any], *, bu
     """
     if (mirror := elsewhere.of(target)) is not None:
         mirror.gather(writing, target, _as_json(target, manifest), but, attempts.who())
-        shutil.rmtree(writing, ignore_errors=True)
         return target
 
     def move(attempt: Path) -> None:
@@ -161,7 +154,7 @@ def bring(folder: Path) -> None:
     worker has."""
     if (mirror := elsewhere.of(folder)) is not None:
         for name, entry in read_manifest(folder)["files"].items():
-            mirror.bring_whole(folder / name, entry["bytes"])
+            mirror.bring_whole(folder, name, entry["bytes"])
 
 
 def manifests_in(parent: Path) -> None:
@@ -247,12 +240,12 @@ def verify_file(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
 
 def _verify_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: Path) -> None:
     if (mirror := elsewhere.of(folder)) is not None:
-        mirror.bring_whole(folder / name, manifest["files"][name]["bytes"])
+        mirror.bring_whole(folder, name, manifest["files"][name]["bytes"])
         try:
             return _check_file(folder, manifest, name, inside)
         except WatchtowerError:  # what is here may be of another snapshot that was in this place
             (folder / name).unlink(missing_ok=True)
-            mirror.bring_whole(folder / name, manifest["files"][name]["bytes"])
+            mirror.bring_whole(folder, name, manifest["files"][name]["bytes"])
     _check_file(folder, manifest, name, inside)
 
 

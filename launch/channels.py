@@ -138,6 +138,7 @@ def build_channels(config: Config, run_dir: Path | str, executor: Executor | Non
     scratch.parent.mkdir(parents=True, exist_ok=True)
     for left in scratch.parent.glob(f"{_UNFINISHED}*.tmp"):  # the run folder has one writer: nobody else is at work
         shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir()
     work = Work(config, run_dir, scratch, getattr(executor, "threads", 1))
     _drop_channels(work, set(absent))
     kept = _kept(work, store, names, at)
@@ -173,8 +174,8 @@ def write_views(work: Work, watermark_ms: int) -> tuple[str, float, str]:
     """Leave the co-views of a watermark as mapped files in the attempt's folder."""
     began = time.perf_counter()
     folder = work.scratch / str(watermark_ms)
-    shutil.rmtree(folder, ignore_errors=True)  # of a try that Ray gave up
-    folder.mkdir(parents=True)
+    elsewhere.take_away(folder)  # of a try that Ray gave up
+    elsewhere.make_folder(folder)
     with elsewhere.workshop(folder) as here:
         CoViews.build(work.open(), watermark_ms, work.config.channels.window_h, here)
     return "", time.perf_counter() - began, ""

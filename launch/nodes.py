@@ -11,17 +11,25 @@ The actor is the driver's own and ends with it: a process that was cut off then 
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from configs.errors import WatchtowerError
+from configs.secrets import redacted
 from embeddings import elsewhere
 from embeddings.attempts import Attempt, acts_for, sees
-from embeddings.elsewhere import Mirror
+from embeddings.elsewhere import Away, Mirror, Shared
 from trainer import watchdog
 
-CALLS_AT_ONCE = 32
+CALLS_AT_ONCE = 64
+ANSWERS_WITHIN_S = 60.0
+LOOKS_EVERY_S = 5.0
+QUICK = {"exists", "facts", "names", "manifests", "note", "write_note"}
+REPEATABLE = {*QUICK, "files", "read", "take", "put", "make_folder", "progress"} - {"write_note"}
 FOUND_WITHIN_S = 30.0  # an actor, by its name, once its driver has begun to start it
 LOOKS_WITHIN_S = 2.0  # a shared folder may show a record late
 
@@ -75,6 +83,7 @@ def see_folder(attempt: Attempt) -> None:
 
     Raises:
         WatchtowerError: it does not lie here, and nobody answers for it.
+        InputError: another one lies here.
     """
     if attempt.place not in _seen:
         _seen.clear()
@@ -90,38 +99,75 @@ def _is_here(attempt: Attempt) -> bool:
     return found
 
 
-def _mirror_of(attempt: Attempt) -> Mirror:
+def _mirror_of(attempt: Attempt) -> Mirror | None:
+    actor = _found(attempt)
+    try:
+        mirror = Mirror(attempt.run_dir, lambda method, *arguments: _ask(actor, attempt, method, arguments),
+                        watchdog.moved)
+    except Shared:  # a file system that shows the driver's record late
+        return None
+    mirror.tidy()
+    return mirror
+
+
+def _found(attempt: Attempt) -> Any:
+    """The actor that answers for the run folder."""
     import ray
 
     until = time.monotonic() + FOUND_WITHIN_S
     while True:
         try:
-            actor = ray.get_actor(_name(attempt))
-            break
+            return ray.get_actor(_name(attempt))
         except ValueError as error:
             if time.monotonic() > until:
                 raise WatchtowerError(f"{attempt.run_dir}: this node does not share the run folder, and the driver's "
                                       "node does not answer for it; the driver may be gone") from error
             time.sleep(0.2)
 
-    def call(method: str, *arguments: Any) -> Any:
+
+def _ask(actor: Any, attempt: Attempt, method: str, arguments: tuple) -> Any:
+    """What the actor answers; what is asked of it once more, where it did not, changes nothing.
+
+    Raises:
+        Away: it does not answer, for longer than a network may be away.
+    """
+    import ray
+
+    until, progress = time.monotonic() + ANSWERS_WITHIN_S, 0
+    while True:
         try:
-            return ray.get(actor.ask.remote(method, *arguments))
+            asked = actor.ask.remote(method, *arguments)
+            while not ray.wait([asked], timeout=LOOKS_EVERY_S)[0]:
+                if method in QUICK and time.monotonic() > until:
+                    raise ray.exceptions.GetTimeoutError(f"{method} takes longer than {ANSWERS_WITHIN_S:g} s")
+                if (now := ray.get(actor.ask.remote("progress"), timeout=ANSWERS_WITHIN_S)) != progress:
+                    progress = now  # it reads and writes: a large file is flushed, or read for its checksum
+                    watchdog.moved()
+            return ray.get(asked)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, (WatchtowerError, OSError)) else error) from None
-        except ray.exceptions.RayActorError as error:
-            raise ConnectionError(f"{attempt.run_dir}: the driver's node, which has the run folder, does not answer "
-                                  "any more") from error
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            is_for_a_while = isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError))
+            if not (is_for_a_while and method in REPEATABLE and time.monotonic() < until):
+                raise Away(f"{attempt.run_dir}: the driver's node, which has the run folder, does not answer "
+                           f"({type(error).__name__})") from error
+            time.sleep(1.0)
 
-    mirror = Mirror(attempt.run_dir, call, watchdog.moved)
-    mirror.tidy()
-    return mirror
+
+def tell_owner(attempt: Attempt, path: Path, told: dict[str, Any]) -> None:
+    """Leave a small JSON file at a path of the run folder, from a process that does not see it; raises nothing."""
+    with contextlib.suppress(Exception):
+        data = json.dumps(redacted(told)).encode()
+        _ask(_found(attempt), attempt, "put", (path.relative_to(attempt.run_dir).as_posix(), data, None))
 
 
 @contextlib.contextmanager
 def at_work(attempt: Attempt | None) -> Iterator[None]:
     """`trainer.watchdog.at_work`, in a process of any node."""
-    if attempt is not None:
-        see_folder(attempt)
-    with watchdog.at_work(attempt):
-        yield
+    try:
+        if attempt is not None:
+            see_folder(attempt)
+        with watchdog.at_work(attempt):
+            yield
+    except Away as error:
+        raise WatchtowerError(f"a task on {socket.gethostname()}: {error}") from error

@@ -424,7 +424,8 @@ def _attempt(config: Config, run_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _own_again(run_dir: Path) -> Iterator[None]:
     """What this node kept of the run while another node had its folder goes: it is not whole."""
-    elsewhere.clear_mirror(run_dir)
+    if elsewhere.clear_mirror(run_dir):
+        say(f"{run_dir}: held what this node had read of a run whose driver was on another node, and is emptied")
     yield
 
 

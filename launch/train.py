@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from embeddings.attempts import Attempt, Superseded, acting
 from embeddings.snapshots import says_disk_full
 from embeddings.untrusted import damaged, inside, read_json
 from launch.console import say
-from launch.nodes import see_folder
+from launch.nodes import see_folder, tell_owner
 from launch.stopping import TERMINATED, asking_first, interrupt, is_asked
 from trainer.watchdog import LOOK_S, PROGRESS, Watch, moved
 
@@ -341,7 +342,11 @@ def _worker(settings: dict[str, Any]) -> None:
     """What every worker runs. An error of ours is told to the driver through a file and ends the group in order."""
     run_dir = Path(settings["run_dir"])
     outcome, driver = _outcome(run_dir, settings["work"]), Attempt(run_dir, settings["driver"], place=settings["place"])
-    see_folder(driver)
+    try:
+        see_folder(driver)
+    except WatchtowerError as error:  # a restart cannot mend it
+        tell_owner(driver, outcome, {"error": type(error).__name__, "message": f"{socket.gethostname()}: {error}"})
+        raise
     if _told(outcome) is not None:
         return  # a restart after an error that a restart cannot mend
     import ray.train
@@ -387,9 +392,7 @@ def _begin(workers: Workers, driver: Attempt, outcome: Path, work: str) -> Attem
     """The attempt of this group of workers, the same on all of them. Collective."""
     def begin() -> int:
         number = attempts.begin_group(driver, work).group
-        if (mirror := elsewhere.of(outcome)) is not None:
-            mirror.remove(outcome)
-        outcome.unlink(missing_ok=True)  # of a group that saved and ended, whose place this one takes
+        elsewhere.take_away(outcome)  # of a group that saved and ended, whose place this one takes
         return number
 
     return replace(driver, group=workers.agree(workers.on_first(begin)))
@@ -433,12 +436,15 @@ def _asked_to_stop(attempt: Attempt) -> Callable[[], str | None]:
 
 def _write_outcome(outcome: Path, told: dict[str, Any], rank: int) -> None:
     """What the driver reads; a group that was cut off leaves it to its successor."""
+    text = json.dumps(redacted(told))
+    if (mirror := elsewhere.of(outcome)) is not None:
+        with contextlib.suppress(Superseded):
+            mirror.put(outcome, text.encode(), attempts.who())
+        return
     outcome.parent.mkdir(parents=True, exist_ok=True)
-    beside, text = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}"), json.dumps(redacted(told))
+    beside = outcome.with_name(f"{outcome.name}.{rank}.{os.getpid()}")
     beside.write_text(text)
     try:
-        if (mirror := elsewhere.of(outcome)) is not None:
-            mirror.put(outcome, text.encode(), attempts.who())
         with attempts.publishing():
             beside.replace(outcome)
     except Superseded:

@@ -113,7 +113,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     known = _known(data)
     folder = data.run_dir / FOLDER
     if known.absent is not None and not known.is_world:
-        _remove(folder)
+        elsewhere.take_away(folder, attempts.who())
         return
     summary = {"judged_for": known.identity()}
     if _read_summary(folder).get("judged_for") == plain(summary["judged_for"]):
@@ -134,7 +134,7 @@ def write_ceiling(data: CrmData, write: Write) -> None:
     pq.write_table(pa.table(columns), beside / "queries.parquet")
     (beside / "summary.json").write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
     if (mirror := elsewhere.of(folder)) is not None:
-        _remove(folder)
+        mirror.remove(folder, attempts.who())
         for name in ("queries.parquet", "summary.json"):
             mirror.deliver(beside / name, folder / name, attempts.who())
     with attempts.publishing():
@@ -424,12 +424,6 @@ def _share(closed_SJ: np.ndarray, whole_SJ: np.ndarray, seeds: list[int], evalua
     per_seed = {str(seed): float(closed_J.mean() / whole_J.mean()) if whole_J.mean() else None
                 for seed, closed_J, whole_J in zip(seeds, closed_SJ, whole_SJ, strict=True)}
     return {"mean": share, "ci95": [low, high], "n": closed_SJ.shape[1], "per_seed": per_seed}
-
-
-def _remove(folder: Path) -> None:
-    if (mirror := elsewhere.of(folder)) is not None:
-        mirror.remove(folder, attempts.who())
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:

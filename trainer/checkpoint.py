@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import threading
 import time
 import uuid
@@ -194,7 +193,7 @@ class CheckpointSaver:
             publish_from(writing, folder, {"kind": "checkpoint", "global_step": state["global_step"],
                                            "workers": self._workers.count}, but=WRITTEN)
         finally:
-            shutil.rmtree(writing, ignore_errors=True)
+            elsewhere.take_away(writing)
 
     def _await_shares(self, writing: Path) -> None:
         missing, until = list(range(self._workers.count)), time.monotonic() + self._limit_s
@@ -220,10 +219,7 @@ def _new_folder(folder: Path) -> Path:
     """
     writing = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.writing")
     try:
-        if (mirror := elsewhere.of(writing)) is not None:
-            mirror.make_folder(writing)
-        else:
-            writing.mkdir(parents=True)
+        elsewhere.make_folder(writing)
     except OSError as error:
         raise _as_ours(error, folder) from error
     return writing
@@ -245,7 +241,7 @@ def _is_written(writing: Path, rank: int) -> bool:
     try:
         sizes = read_json(_marker(writing, rank))
         return all(elsewhere.size(writing / name) == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -309,9 +305,30 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def have(folder: Path, workers: Workers) -> None:
+    """Have a checkpoint that was checked on every worker's node; what was pruned goes there. Collective: before any
+    other one, as nodes that must bring it take as long as their network does."""
+    if not any(workers.everybody(elsewhere.of(folder) is not None)):
+        return
+    failed: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            manifests_in(folder.parent)
+            bring(folder)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=act, name="watchtower-bring", daemon=True)
+    thread.start()
+    while any(workers.everybody(thread.is_alive(), moves=False)):  # in short turns: a collective has a time limit
+        thread.join(TURN_S)
+    if failed:
+        raise failed[0]
+
+
 def load_before_engine(folder: Path, tables: ShardedTables, module: torch.nn.Module) -> None:
     """Tables with their momentum and tower parameters; the towers must not be in an engine yet. Collective."""
-    bring(folder)
     load_tables(tables, folder)
     load_dense_parameters(module, folder)
 

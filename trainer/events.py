@@ -151,9 +151,9 @@ class EventLog:
         self._curves_at = time.monotonic()
         if self._there is None or self.tensorboard is None:
             return
-        for path in self.tensorboard.rglob("events.*"):
-            if path.stat().st_mtime >= self._opened_at:  # its own, and not what an earlier group left on this node
-                with contextlib.suppress(OSError):  # a curve is no reason to end a run
+        with contextlib.suppress(Exception):  # a curve is no reason to end a run
+            for path in self.tensorboard.rglob("events.*"):
+                if path.stat().st_mtime >= self._opened_at:  # its own, and not what an earlier group left on this node
                     self._there.deliver(path, path)
 
     def close(self) -> None:

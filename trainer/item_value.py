@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from configs.errors import InputError
 from configs.schema import Config
+from embeddings import elsewhere
 from embeddings.snapshots import publish, verify
 from embeddings.untrusted import damaged
 from trainer.catalogue import Catalogue
@@ -189,6 +190,7 @@ def fit_item_value(config: Config, run_dir: Path, fitted_users) -> dict[str, flo
     snapshots = ChannelSnapshots(run_dir / "channels", config.channels, store.vocabulary, labelled_channels(run_dir))
     fingerprint = _fingerprint(config, run_dir, snapshots)
     target = run_dir / FOLDER
+    elsewhere.bring(target / "manifest.json")
     if (target / "manifest.json").exists() and verify(target).get("fingerprint") == fingerprint:
         return verify(target)["fitted"]
     statistics = StatisticsSnapshots(run_dir / "channels", config.channels, store.vocabulary)

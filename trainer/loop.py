@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from configs.errors import WatchtowerError
 from configs.schema import Config
-from embeddings.snapshots import bring, remove, verify
+from embeddings.snapshots import remove, verify
 from embeddings.tables import Lookup, ShardedTables
 from embeddings.untrusted import read_json
 from trainer import checkpoint, dropout
@@ -288,7 +288,7 @@ def load_towers(task: Task, folder: Path, workers: Workers) -> Forward:
         WatchtowerError: if the checkpoint is damaged.
     """
     workers.on_first(lambda: verify(folder))
-    bring(folder)
+    checkpoint.have(folder, workers)
     tables, module = task.build(workers.device)
     checkpoint.load_before_engine(folder, tables, module)
     module.to(workers.device).eval()
@@ -304,6 +304,8 @@ def load_towers(task: Task, folder: Path, workers: Workers) -> Forward:
 def _start(task: Task, plans: Sequence[Plan], workers: Workers, write: Write) -> tuple[_Running, Position]:
     train, settings = task.config.train, task.settings
     newest, state = _newest_checkpoint(task, workers, write)
+    if newest is not None:
+        checkpoint.have(newest, workers)
     tables, module = task.build(workers.device)
     if newest is not None:
         checkpoint.load_before_engine(newest, tables, module)

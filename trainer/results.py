@@ -201,6 +201,9 @@ def write_whole(path: Path, text: str) -> Path:
     Raises:
         Superseded: this process acts for an attempt that was cut off.
     """
+    if (mirror := elsewhere.of(path)) is not None:
+        mirror.put(path, text.encode(), attempts.who())
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -208,8 +211,6 @@ def write_whole(path: Path, text: str) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if (mirror := elsewhere.of(path)) is not None:
-            mirror.put(path, text.encode(), attempts.who())
         with attempts.publishing():
             os.replace(beside, path)
     finally:

@@ -334,10 +334,7 @@ def _new_folder(scores: Path) -> Path:
         if name.startswith(f".{scores.name}.") and name.endswith("writing"):
             remove(scores.parent / name)
     writing = scores.with_name(f".{scores.name}.{uuid.uuid4().hex}.writing")
-    if (mirror := elsewhere.of(writing)) is not None:
-        mirror.make_folder(writing)
-    else:
-        writing.mkdir(parents=True)
+    elsewhere.make_folder(writing)
     return writing
 
 

@@ -339,12 +339,14 @@ def _counts(values: np.ndarray) -> dict[int, int]:
 
 def whole_file(path: Path, write) -> None:
     """Write a file beside its place and rename it: it is there whole or not at all, whoever else writes it too."""
-    elsewhere.make_room(path.parent)
+    if elsewhere.of(path) is not None:
+        with elsewhere.workshop(path.parent) as here:
+            write(here / path.name)
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(beside)
         os.replace(beside, path)
-        elsewhere.hand_over(path)
     finally:
         beside.unlink(missing_ok=True)
 

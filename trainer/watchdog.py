@@ -156,8 +156,6 @@ class Watch:
         moved(in_step=False)
         self.attempt, self.who, self.patience_s = attempt, who, patience_s
         self._folder = None if attempt is None else attempt.folder
-        if self._folder is not None:
-            elsewhere.make_room(self._folder)
         self._watchdog = Watchdog(limit_s)
         self._end, self._asked, self._wish, self._on_stuck = end or self._exit, asked, wish, on_stuck
         self._beats, self._beat, self._hard = beats, 0, hard and limit_s is not None
@@ -182,7 +180,7 @@ class Watch:
             return
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         text = "".join(traceback.format_exception(error))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # the one that is told of must not be lost over it
             note_first(self._folder / "failed.json", {
                 "who": self.who, "stuck": isinstance(error, Stuck), "error": f"{type(error).__name__}: {first[:500]}",
                 "at": PROGRESS.what, "traceback": text})
@@ -270,9 +268,10 @@ class Watch:
         if self._folder is not None:
             path = self._folder / f"stacks-{self.who}.txt"
             with contextlib.suppress(Exception):
-                path.write_text(text, encoding="utf-8")
                 if (mirror := elsewhere.of(path)) is not None:
                     mirror.write_note(path, text.encode())
+                else:
+                    path.write_text(text, encoding="utf-8")
 
     def _exit(self, error: WatchtowerError) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -309,10 +308,7 @@ def at_work(attempt: Attempt | None) -> Iterator[None]:
         over.set()
         thread.join()
         with contextlib.suppress(Exception):
-            if (mirror := elsewhere.of(sign)) is not None:
-                mirror.remove(sign)
-            else:
-                sign.unlink(missing_ok=True)
+            elsewhere.take_away(sign)
 
 
 def stacks_of_all_threads() -> str:
