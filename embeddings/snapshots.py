@@ -35,7 +35,7 @@ from embeddings import attempts, elsewhere
 from embeddings.elsewhere import MANIFEST
 from embeddings.untrusted import read_json
 
-FLUSHED_AT_ONCE = 4  # files of a snapshot, to disk
+SEALED_AT_ONCE = 4  # files of a snapshot that are flushed to disk, or read for their checksums
 
 _SNAPSHOT_NAME = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _ATTEMPT_FOLDER = re.compile(r"\..+\.attempt-[0-9a-f]{32}\.tmp", re.ASCII)
@@ -395,8 +395,8 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with every file's size and checksum, and flush all of it to disk."""
-    files, folders, flushed = {}, [folder], []
-    with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:  # the disk writes one file while the next is read
+    folders, sealed = [folder], {}
+    with ThreadPoolExecutor(SEALED_AT_ONCE) as pool:  # the disk writes one file while others are read
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -406,10 +406,11 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
                 continue
             if name == MANIFEST:
                 raise WatchtowerError(f"{path}: the manifest is written by publish, not by the writer")
-            flushed.append(pool.submit(_flush, path))
-            files[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        for one in flushed:
-            one.result()
+            sealed[name] = pool.submit(_flush, path), pool.submit(_sha256, path), path
+        files = {}
+        for name, (flushed, digest, path) in sealed.items():
+            flushed.result()
+            files[name] = {"sha256": digest.result(), "bytes": path.stat().st_size}
     path = folder / MANIFEST
     path.write_text(json.dumps({**manifest, "files": files}, indent=1, allow_nan=False) + "\n")
     _flush(path)

@@ -102,12 +102,16 @@ def make_labels(config: Config, run_dir: Path | str, executor: Executor, say: Ca
 
 def _replay(config: Config, run_dir: Path, rule: RequestRule, staging: Path, channels: list[str], attempt: str,
             number: int) -> None:
-    store, snapshots = _opened(config.channels.model_dump_json(), tuple(channels), run_dir, attempt)
+    with _opening:  # threads that begin together share what one of them has read
+        store, snapshots = _opened(config.channels.model_dump_json(), tuple(channels), run_dir, attempt)
     replay_shard(store, number, rule, config, snapshots, staging)
 
 
 def _write(staging: Path, windows: list[int], scales: list, number: int) -> None:
     write_part(number, staging, staging / "labels", windows, scales)
+
+
+_opening = threading.Lock()
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -201,7 +202,8 @@ class ChannelSnapshots:
                 raise InputError(f"channels.names has {name}, but {Path(folder) / name} holds no snapshot; run "
                                  "watchtower channels first")
         self._load = lru_cache(maxsize=16 * len(self.names))(self._read)
-        self._loading = threading.Lock()  # threads that want the same lists wait for the one that reads them
+        # Threads that want the same lists wait for the one that reads them.
+        self._loading = [threading.Lock() for _ in self.names]
         self._made: dict[tuple[int, ...], np.ndarray] = {}
         self._asked: dict[tuple[int, ...], int] = {}
         self._making = threading.Lock()
@@ -237,8 +239,13 @@ class ChannelSnapshots:
         """The lists of a channel's snapshot; empty ones for NONE. The last few are kept."""
         if number == NONE:
             return NeighborLists.empty(self._vocabulary.rows)
-        with self._loading:
+        with self._loading[channel]:
             return self._load(channel, number)
+
+    def lists_of(self, state_C: np.ndarray) -> list[NeighborLists]:
+        """`lists` of every channel of a state; those that are still to be read are read at once."""
+        with ThreadPoolExecutor(len(state_C)) as pool:
+            return list(pool.map(self.lists, range(len(state_C)), map(int, state_C)))
 
     def kept(self, state_C: np.ndarray, make: Callable[[], np.ndarray], asked: int, whole: int) -> np.ndarray | None:
         """What `make` finds out of all lists of a state, always the same thing. None as long as it would cost more than

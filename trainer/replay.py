@@ -147,8 +147,7 @@ def replay(views: CountedViews, requests: TriggerRequests, low_RK: np.ndarray, h
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
         low_U, high_U = groups.bounds(low_RK, high_RK)
         found = [_find(views.row_V, views.watch_ms_V, low_U, high_U, groups.row_G, groups.first_U1, lists.offset_N1,
-                       lists.neighbor_L, int(lists.length_N.max(initial=0)))
-                 for lists in (snapshots.lists(channel, int(number)) for channel, number in enumerate(state_C))]
+                       lists.neighbor_L, int(lists.length_N.max(initial=0))) for lists in snapshots.lists_of(state_C)]
         begin_C = np.cumsum([0, *(len(view_H) for _, view_H, _ in found[:-1])])
         begin_G1C = np.stack([begin_G1 for begin_G1, _, _ in found], axis=1) + begin_C
         _answer(low_RK, high_RK, low_U, groups.request_T, groups.at_T, groups.begin_G1, groups.first_U1, begin_G1C,
