@@ -34,6 +34,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv
 
 from configs.errors import InputError
+from embeddings import exchange
 
 # An EmbeddingCollection keeps its tables in a ModuleDict, whose own methods may not be shadowed.
 FORBIDDEN_NAMES = frozenset({"items", "keys", "values", "pop"})
@@ -144,6 +145,7 @@ class ShardedTables(nn.Module):
         self._feature_order: list[str] | None = None
         self._rows = {spec.name: spec.rows for spec in specs}
         self._learning_rate = learning_rate
+        exchange.keep_time()
         collection = unsharded(specs)
         sharder = table_sharder(optimizer, learning_rate)
         with quiet_torchrec():

@@ -62,12 +62,16 @@ SERIES = (
     Series("watchtower_train_step_seconds", "seconds a step, with everything between two log steps", MODEL),
     Series("watchtower_train_step_part_seconds", "seconds a step of a part (forward, loss_mean, backward, optimizer), "
                                                  "on the first worker", (*MODEL, "part")),
+    Series("watchtower_train_all_to_all_seconds", "seconds a step that the first worker waits for ids, rows and "
+                                                  "gradients of the tables; in forward and backward", MODEL),
     Series("watchtower_train_data_wait_ratio", "share of the time that the first worker waits for batches", MODEL),
     Series("watchtower_train_remaining_seconds", "seconds to the last step, at this speed", MODEL),
     Series("watchtower_worker_memory_bytes", "memory of a worker: tensors on a GPU (peak), else resident", WORKER),
     Series("watchtower_worker_data_wait_ratio", "share of the time that this worker waits for batches", WORKER),
     Series("watchtower_worker_step_part_seconds", "seconds a step of a part on this worker; a long loss_mean is a wait "
                                                   "for another one", (*WORKER, "part")),
+    Series("watchtower_worker_all_to_all_seconds", "seconds a step that this worker waits for ids, rows and gradients "
+                                                   "of the tables", WORKER),
     Series("watchtower_checkpoint_timestamp_seconds", "Unix time of the newest checkpoint", MODEL),
     Series("watchtower_checkpoint_step", "step of the newest checkpoint", MODEL),
     Series("watchtower_checkpoint_part_seconds", "seconds that the newest checkpoint held training up (waited, copy) "
@@ -91,7 +95,8 @@ SERIES = (
 # Field of an event: the series that shows it, and the factor.
 _TRAINING = {"epoch": ("epoch", 1), "step": ("step", 1), "steps": ("steps", 1), "loss": ("loss", 1),
              "mean_loss": ("mean_loss", 1), "learning_rate": ("learning_rate", 1), "rows_per_s": ("rows_per_second", 1),
-             "step_s": ("step_seconds", 1), "wait_share": ("data_wait_ratio", 1), "eta_s": ("remaining_seconds", 1)}
+             "step_s": ("step_seconds", 1), "wait_share": ("data_wait_ratio", 1), "eta_s": ("remaining_seconds", 1),
+             "all_to_all_s": ("all_to_all_seconds", 1)}
 _INDEX = {"time": ("published_timestamp_seconds", 1), "watermark_ms": ("watermark_timestamp_seconds", 1e-3),
           "recall_vs_exact": ("recall_ratio", 1), "items": ("items", 1), "bytes": ("bytes", 1),
           "build_s": ("build_seconds", 1)}
@@ -100,6 +105,8 @@ _CHECKPOINT = {"time": ("timestamp_seconds", 1), "step": ("step", 1)}
 _CHANNEL = {"watermark_ms": ("watermark_timestamp_seconds", 1e-3), "lag_s": ("watermark_lag_seconds", 1),
             "items": ("items", 1)}
 _PARTS = ("forward", "loss_mean", "backward", "optimizer")
+# Of workers; their group may be gone.
+_OF_WORKERS = ("worker_memory_bytes", "worker_data_wait_ratio", "worker_step_part_seconds", "worker_all_to_all_seconds")
 
 
 class RunMetrics:
@@ -145,7 +152,7 @@ class RunMetrics:
         self._set("run_active", float(started))
         self._groups = 0
         # A process that was killed could not say that its stage had ended, nor its workers that they were gone.
-        for name in ("stage_in_progress", "worker_memory_bytes", "worker_data_wait_ratio", "worker_step_part_seconds"):
+        for name in ("stage_in_progress", *_OF_WORKERS):
             self._series[f"watchtower_{name}"].clear()
 
     def _take_stage(self, event: Mapping[str, Any]) -> None:
@@ -165,7 +172,7 @@ class RunMetrics:
         if self._groups:  # a stage has one group, unless its workers were lost
             self._count("restarts_total")
         self._groups += 1
-        for name in ("worker_memory_bytes", "worker_data_wait_ratio", "worker_step_part_seconds"):
+        for name in _OF_WORKERS:
             self._series[f"watchtower_{name}"].clear()
 
     def _take_train_step(self, event: Mapping[str, Any]) -> None:
@@ -177,6 +184,7 @@ class RunMetrics:
             who = {"rank": worker["rank"], "node": worker["node"]}
             self._set("worker_memory_bytes", _number(worker, "memory_mib", MIB), **who)
             self._set("worker_data_wait_ratio", worker.get("wait_share"), **who)
+            self._set("worker_all_to_all_seconds", worker.get("all_to_all_s"), **who)
             for part in _PARTS:
                 self._set("worker_step_part_seconds", worker.get(f"{part}_s"), **who, part=part)
 

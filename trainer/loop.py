@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from configs.errors import WatchtowerError
 from configs.schema import Config
+from embeddings import exchange
 from embeddings.snapshots import remove, verify
 from embeddings.tables import Lookup, ShardedTables
 from embeddings.untrusted import read_json
@@ -572,7 +573,8 @@ class PartClock:
     """Where the time of a step goes, by this process's own clock: `loss_mean` is the wait for the slowest worker.
 
     On a GPU a part is the time that it takes to hand its kernels over; what they take shows at the next wait for the
-    device, which is `loss_mean`.
+    device, which is `loss_mean`. The wait for the tables' all-to-all (`all_to_all_s`, embeddings/exchange.py) is part
+    of forward and backward.
     """
 
     def __init__(self) -> None:
@@ -605,6 +607,7 @@ class StepLog:
         self._plan, self._position, self._batches = plan, position, batches
         self._steps, self._losses = 0, 0.0
         self._began, self._waited = time.perf_counter(), 0.0
+        exchange.take_waited_s()  # what followed the epoch before looked rows up, too
 
     def step(self, loss: float) -> None:
         """Call after each step, the position already moved on."""
@@ -618,7 +621,7 @@ class StepLog:
         running = self._running
         mine = {"rank": running.workers.rank, "node": socket.gethostname(), "memory_mib": memory_mib(),
                 "wait_share": min(1.0, (self._batches.waited_s - self._waited) / seconds),
-                **running.parts.take(self._steps)}
+                **running.parts.take(self._steps), "all_to_all_s": exchange.take_waited_s() / self._steps}
         workers = running.workers.everybody(mine)
         self._write(
             "train_step", model=self._name, epoch=self._position.epoch + 1, epochs=self._epochs,

@@ -92,6 +92,7 @@ def test_a_run_is_seen_from_outside(untouched):
         parts = [step[f"{part}_s"] for part in ("forward", "loss_mean", "backward", "optimizer")]
         assert min(parts) > 0 and sum(parts) <= step["step_s"], "parts of a step do not overlap"
         assert all(worker["memory_mib"] > 0 and worker["node"] for worker in step["workers"])
+        assert all(0 < worker["all_to_all_s"] < step["step_s"] for worker in step["workers"])
     series = run_dir.with_suffix(".prom").read_text()
     for line in ("watchtower_run_active 0.0", "watchtower_restarts_total 0.0", "watchtower_workers 2.0"):
         assert line in series, series

@@ -1,6 +1,7 @@
 """Sharded tables against plain PyTorch, and their checkpoints across numbers of ranks and shardings."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ STEPS = 20
 LEARNING_RATE = 0.1
 LATER_LEARNING_RATE = 0.03
 SHARDINGS = ("table_wise", "row_wise", "auto")
+LATE_S = 0.6
 
 
 # Ways to spoil a checkpoint, and what the refusal says.
@@ -126,6 +128,8 @@ def parity_cases(rank, world_size):
                 "plan": tables.plan(),
                 "learning_rate": tables.learning_rate,
             }
+    for sharding in ("table_wise", "row_wise"):
+        results["late", sharding] = late_case(rank, build(sharding))
     tables = build("row_wise")
     before = gather_full(tables)
     with torch.no_grad():
@@ -145,8 +149,33 @@ def parity_cases(rank, world_size):
     return results
 
 
+def late_case(rank, tables):
+    """Seconds that forward and backward waited for others, where the second rank comes late to one of them."""
+    import torch.distributed as dist
+
+    from embeddings.exchange import take_waited_s
+
+    waited = {}
+    for late_to in ("forward", "backward"):
+        dist.barrier()
+        take_waited_s()
+        time.sleep(LATE_S if (rank, late_to) == (1, "forward") else 0)
+        ids = ids_of(1, rank)
+        loss = loss_of(tables(jagged(ids)), ids)
+        forward_s = take_waited_s()
+        dist.barrier()
+        time.sleep(LATE_S if (rank, late_to) == (1, "backward") else 0)
+        loss.backward()
+        waited[late_to] = {"forward": forward_s, "backward": take_waited_s()}
+    return waited
+
+
 def test_two_ranks_equal_one_plain_process():
     by_rank = run_ranks(2, parity_cases)
+    for sharding in ("table_wise", "row_wise"):
+        waits, late = (result.pop(("late", sharding)) for result in by_rank)
+        for where in ("forward", "backward"):
+            assert waits[where][where] > 0.9 * LATE_S > 0.5 * LATE_S > late[where][where], (sharding, waits, late)
     for case in [case for case in by_rank[0] if isinstance(case, tuple)]:
         sharding, optimizer = case
         result = by_rank[0][case]

@@ -21,9 +21,9 @@ from launch.observe import SERIES, RunMetrics, observed, write_textfile
 from trainer.events import EventLog
 
 WORKERS = [{"rank": 0, "node": "a", "memory_mib": 1.5, "wait_share": 0.25, "forward_s": 0.01, "loss_mean_s": 0.001,
-            "backward_s": 0.02, "optimizer_s": 0.003},
+            "backward_s": 0.02, "optimizer_s": 0.003, "all_to_all_s": 0.004},
            {"rank": 1, "node": "b", "memory_mib": 2.0, "wait_share": 0.5, "forward_s": 0.02, "loss_mean_s": 0.0,
-            "backward_s": 0.02, "optimizer_s": 0.003}]
+            "backward_s": 0.02, "optimizer_s": 0.003, "all_to_all_s": 0.005}]
 STORY = (  # every event that moves a series, as a run writes them
     ("run", {"status": "started"}),
     ("stage", {"stage": "crm", "status": "started"}),
@@ -84,6 +84,8 @@ def test_events_become_series(told):
             f"watchtower_train_learning_rate{DNN}": 1e-3, f"watchtower_train_rows_per_second{DNN}": 1000,
             f"watchtower_train_step_seconds{DNN}": 0.05, f"watchtower_train_data_wait_ratio{DNN}": 0.25,
             'watchtower_train_step_part_seconds{model="dnn",part="backward",seed="0"}': 0.02,
+            f"watchtower_train_all_to_all_seconds{DNN}": 0.004,
+            'watchtower_worker_all_to_all_seconds{node="b",rank="1"}': 0.005,
             'watchtower_worker_memory_bytes{node="b",rank="1"}': 2 * 2**20,
             'watchtower_worker_data_wait_ratio{node="b",rank="1"}': 0.5,
             'watchtower_worker_step_part_seconds{node="b",part="forward",rank="1"}': 0.02,
