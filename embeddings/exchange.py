@@ -1,18 +1,20 @@
 """How long this process waits for the all-to-all of the tables: ids, rows and gradients of other workers.
 
-TorchRec starts each of them and waits for it later, forward and backward, in places of its own. Its two modules that do
-so call `torch.distributed` by a name of theirs, which here becomes one that keeps the time: what is measured is what a
-step stands for it, not what passed while something else was computed. On a GPU a wait is one of the device's stream,
-which the host does not feel; there a profile tells.
+TorchRec starts each of them and waits for it later. For ids a lookup waits itself, in `waiting`. For rows and their
+gradients TorchRec's autograd functions do, in a module that calls `torch.distributed` by a name of its own, which here
+becomes one that keeps the time. What is measured is what a step stands for it, not what passed while something else was
+computed. On a GPU a wait is one of the device's stream, which the host does not feel; there a profile tells.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torchrec.distributed import comm_ops, dist_data
+from torchrec.distributed import comm_ops
 
 _waited_s = 0.0
 
@@ -24,6 +26,17 @@ def take_waited_s() -> float:
     return waited
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """The time of this block counts; no other such block, and no lookup's rows, are waited for in it."""
+    global _waited_s
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited_s += time.perf_counter() - began
+
+
 class _Timed:
     """A collective that is under way."""
 
@@ -31,12 +44,8 @@ class _Timed:
         self._work = work
 
     def wait(self, *arguments: Any) -> Any:
-        global _waited_s
-        began = time.perf_counter()
-        try:
+        with waiting():
             return self._work.wait(*arguments)
-        finally:
-            _waited_s += time.perf_counter() - began
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -45,21 +54,17 @@ class _Timed:
 class _Distributed:
     """torch.distributed, whose all-to-all keeps the time."""
 
+    Work = (dist.Work, _Timed)  # for isinstance: TorchRec looks in some places whether there is anything to wait for
+
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
     def all_to_all_single(self, *arguments: Any, **named: Any) -> Any:
-        global _waited_s
-        began = time.perf_counter()
         work = dist.all_to_all_single(*arguments, **named)
-        if work is None:  # it has waited itself
-            _waited_s += time.perf_counter() - began
-            return None
-        return _Timed(work)
+        return None if work is None else _Timed(work)
 
 
 def keep_time() -> None:
-    """From now on TorchRec's all-to-all of this process counts."""
-    for module in (comm_ops, dist_data):
-        if module.dist is dist:
-            module.dist = _Distributed()
+    """From now on the waits of TorchRec's own for rows and gradients count, in this process."""
+    if comm_ops.dist is dist:
+        comm_ops.dist = _Distributed()

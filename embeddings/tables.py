@@ -312,12 +312,15 @@ class Lookup:
     def send(self) -> None:
         """The second leg: all know by now how many ids come from whom, and the ids themselves follow."""
         if self._ids is None:
-            self._ids = self._sizes.wait()
+            with exchange.waiting():
+                self._ids = self._sizes.wait()
 
     def rows(self) -> dict[str, Tensor]:
         """What `ShardedTables.forward` returns; once."""
         self.send()
-        looked_up = self._collection.compute_and_output_dist(self._context, self._ids.wait()).wait()
+        with exchange.waiting():
+            ids = self._ids.wait()
+        looked_up = self._collection.compute_and_output_dist(self._context, ids).wait()
         return {name: looked_up[name].values() for name in self._names}
 
 
