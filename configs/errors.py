@@ -23,6 +23,10 @@ class InputError(WatchtowerError):
     exit_code = 2
 
 
+class LostError(WatchtowerError):
+    """Another process, or a node, does not answer any more: starting again may mend it."""
+
+
 class QualityGateError(WatchtowerError):
     """A measured quality fell below the threshold that the config sets."""
 

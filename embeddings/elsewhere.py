@@ -40,22 +40,22 @@ FRESH_S = 1.0
 PASSED_ON = (".ingest.attempt-", ".replay", ".co-views.")
 """How the folders begin by which tasks of a stage pass on what is no result."""
 
-MARK = ".mirror"
+MARK, MADE = ".mirror", "made-here"
 LOCKS = 64
 """Of folders, and of files, by path: two of a node's processes that want the same do not both bring it."""
 
 TRIES = 5
 """Of a file that changes while it is read."""
 
-POLL_S = 0.05
+POLL_S, LOOK_S = 0.05, 1.0
 
 Who = tuple[int, int | None] | None
 """The numbers of the attempt that something is published for: driver, and group of workers; None: for none."""
 
 
 class Away(Exception):
-    """The owner does not answer. Nothing is known of any file: it is none of the errors that say that one is not there,
-    or damaged."""
+    """The owner does not answer, or this process's mirror is not its own any more. Nothing is known of any file: it is
+    none of the errors that say that one is not there, or damaged."""
 
 
 class Shared(Exception):
@@ -76,13 +76,9 @@ class Mirror:
     """
 
     def __init__(self, root: Path, call: Callable[..., Any], moved: Callable[[], None] = lambda: None):
-        self.root, self._call, self._moved = Path(root).absolute(), call, moved
+        self.root, self._call, self._moved = Path(os.path.abspath(root)), call, moved
         self._notes: dict[str, tuple[float, bytes | None]] = {}
         self._notes_lock = threading.Lock()
-        if _record(self.root).exists():
-            raise InputError(f"{self.root}: on this node there is another run folder at this path, of a driver of its "
-                             "own, or a later driver has taken the run over. If it is another run's, name a folder "
-                             "that all nodes share or that only the driver's node has (run_dir, storage.work_dir)")
         try:
             self._own, self._lock = _own_folder(self.root / MARK)
         except OSError as error:
@@ -92,13 +88,21 @@ class Mirror:
         if self._call("exists", self.name(self._own)):
             self.close()
             raise Shared
+        # Nothing but a mirror is ever emptied for another one: what is here already must be one.
+        if _record(self.root).exists() or not (self._own.parent / MADE).exists() and not _holds_nothing(self.root):
+            self.close()
+            raise InputError(f"{self.root}: on this node there are other files at this path: of a run whose driver was "
+                             "here, or of somebody else; or a later driver has taken the run over. Name a folder that "
+                             "all nodes share, or that only the driver's node has (run_dir, storage.work_dir)")
+        (self._own.parent / MADE).touch()
 
     def close(self) -> None:
         """Take away what this process has for itself."""
         shutil.rmtree(self._own, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others may be at work, too
-            self._own.parent.rmdir()
         os.close(self._lock)
+        if not (self._own.parent / MADE).exists():
+            with contextlib.suppress(OSError):  # others may be at work, too
+                self._own.parent.rmdir()
 
     def holds(self, path: Path | str) -> bool:
         """Whether a path lies in the run folder."""
@@ -129,6 +133,13 @@ class Mirror:
             if found is None or found[0] != size:
                 self._fetch(path, lambda there: False)
 
+    def bring_again(self, folder: Path, name: str) -> None:
+        """`bring_whole` of a file that is here and not what its manifest says."""
+        path = folder / name
+        with self._folder(folder), self._file(path):
+            path.unlink(missing_ok=True)
+            self._fetch(path, lambda there: False)
+
     def bring_folder(self, folder: Path) -> None:
         """All files of a folder that is no snapshot."""
         for name in self._call("files", self.name(folder)):
@@ -145,7 +156,8 @@ class Mirror:
         for folder in parent.iterdir() if parent.is_dir() else ():
             if folder.is_dir() and not folder.name.startswith(".") and folder.name not in there:
                 with self._folder(folder, alone=True):
-                    self._drop(folder)
+                    if self._facts_there(folder / MANIFEST) is None:  # a moment ago, that is; it may have come since
+                        self._drop(folder)
         for name, facts in there.items():
             if _facts(parent / name / MANIFEST) != facts:
                 self.bring(parent / name / MANIFEST)
@@ -200,15 +212,18 @@ class Mirror:
                     self._copy(path, beside, there[0])
                     if self._facts_there(path) == there:
                         os.utime(beside, ns=(there[1], there[1]))
-                        if instead_of is not None:
-                            self._drop(instead_of)
+                        if instead_of is not None and path.exists() and path.read_bytes() == beside.read_bytes():
+                            instead_of = None  # the same after all, on a file system with coarser times
+                        aside = None if instead_of is None else self._aside(instead_of)
                         path.parent.mkdir(parents=True, exist_ok=True)
                         self._check()
                         os.replace(beside, path)
+                        if aside is not None:
+                            _delete(aside)
                         return
         finally:
             beside.unlink(missing_ok=True)
-        raise WatchtowerError(f"{path}: has changed {TRIES} times while it was brought from the driver's node")
+        raise Away(f"{path}: has changed {TRIES} times while it was brought from the driver's node")
 
     def _copy(self, path: Path, beside: Path, size: int) -> None:
         self._check()
@@ -224,20 +239,36 @@ class Mirror:
     # --- this node's processes among each other ---
 
     def _check(self) -> None:
-        """Raises a WatchtowerError where the mirror was taken away: nothing at this path is ours to change."""
+        """Raises Away where the mirror was taken away: nothing at this path is ours to change."""
         if not self._own.is_dir():
-            raise WatchtowerError(f"{self.root}: was taken away: another driver works in this folder, on this node")
+            raise Away(f"{self.root}: was taken away: another driver works in this folder, on this node")
 
     def _spare(self) -> Path:
         return self._own / uuid.uuid4().hex
 
     def _drop(self, path: Path) -> None:
         """Take away what this node holds of a path, at once."""
+        aside = self._aside(path)
+        if aside is not None:
+            _delete(aside)
+
+    def _aside(self, path: Path) -> Path | None:
+        """Where what this node holds of a path lies now, and can be deleted; None where it held nothing."""
         self._check()
         aside = self._spare()
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.rename(path, aside)
-            _delete(aside)
+        except FileNotFoundError:
+            return None
+        return aside
+
+    def _on_the_way(self) -> int:
+        """Bytes that this node's processes are writing."""
+        found = 0
+        for path in (self.root / MARK).glob("*-*/*"):
+            with contextlib.suppress(OSError):
+                found += path.stat().st_size
+        return found
 
     def _folder(self, folder: Path, alone: bool = False):
         """Nobody takes a folder away while the block runs; alone: nobody else brings anything into it, either."""
@@ -254,9 +285,13 @@ class Mirror:
         self._check()
         descriptor = os.open(self.root / MARK / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            looked_at, before = time.monotonic(), -1
             while _flock(descriptor, how | fcntl.LOCK_NB) is False:
                 time.sleep(POLL_S)
-                self._moved()  # the one that has it is watched over, too
+                if time.monotonic() - looked_at > LOOK_S:
+                    looked_at, was, before = time.monotonic(), before, self._on_the_way()
+                    if before != was:  # the one that has it gets on
+                        self._moved()
             yield
         finally:
             os.close(descriptor)
@@ -324,10 +359,12 @@ class Mirror:
             os.utime(folder / MANIFEST, ns=(modified_ns, modified_ns))
             with self._folder(target, alone=True):
                 if self._facts_there(target / MANIFEST) == (len(data), modified_ns):
-                    self._drop(target)
+                    aside = self._aside(target)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._check()
                     os.rename(folder, target)
+                    if aside is not None:
+                        _delete(aside)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -432,7 +469,7 @@ def clear_mirror(root: Path) -> bool:
                 if not is_dead:
                     raise WatchtowerError(f"{root}: process {own.name.partition('-')[0]} of this node works for a "
                                           "driver on another node in it; end that run first")
-    is_mirror = not _record(root).exists()
+    is_mirror = (root / MARK / MADE).exists() and not _record(root).exists()
     for path in root.iterdir() if is_mirror else ():
         if path.name not in (MARK, "run.lock"):
             _delete(path)
@@ -445,6 +482,11 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _holds_nothing(root: Path) -> bool:
+    """Whether there is nothing but what Ray, and a driver that is about to begin, put there."""
+    return set(os.listdir(root)) <= {MARK, "ray", "run.lock"}
 
 
 def _record(root: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 from configs.errors import InputError
 from embeddings import attempts, snapshots
 from embeddings.attempts import Attempt
-from embeddings.elsewhere import MANIFEST, PASSED_ON, Who
+from embeddings.elsewhere import MANIFEST, Who
 
 
 class Owner:
@@ -102,9 +102,13 @@ class Owner:
 
     def take(self, upload: str, begin: int, data: bytes) -> None:
         """A part of a file that is sent."""
-        with open(self._incoming / uuid.UUID(upload).hex, "r+b" if begin else "wb") as file:
-            file.seek(begin)
-            file.write(data)
+        descriptor = os.open(self._incoming / uuid.UUID(upload).hex, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while data:  # in its place, so that a part that comes twice does no harm
+                written = os.pwrite(descriptor, data, begin)
+                begin, data = begin + written, data[written:]
+        finally:
+            os.close(descriptor)
 
     def _arrived(self, upload: str, size: int) -> Path:
         path = self._incoming / uuid.UUID(upload).hex
@@ -114,25 +118,31 @@ class Owner:
 
     def place(self, name: str, upload: str, size: int, who: Who) -> None:
         """A file that was sent, in its place."""
-        path, sent = self._place_for(name, who), self._arrived(upload, size)
-        with self._for(who), attempts.publishing():
-            os.replace(sent, path)
+        sent = self._arrived(upload, size)
+        try:
+            path = self._place_for(name, who)
+            with self._for(who), attempts.publishing():
+                os.replace(sent, path)
+        finally:
+            sent.unlink(missing_ok=True)
 
     def put(self, name: str, data: bytes, who: Who) -> None:
         """A small file, whole at once."""
         path = self._place_for(name, who)
         sent = self._incoming / uuid.uuid4().hex
-        sent.write_bytes(data)
-        with self._for(who), attempts.publishing():
-            os.replace(sent, path)
+        try:
+            sent.write_bytes(data)
+            with self._for(who), attempts.publishing():
+                os.replace(sent, path)
+        finally:
+            sent.unlink(missing_ok=True)
 
     def _place_for(self, name: str, who: Who) -> Path:
-        """Its folder is made. What tasks pass on lies in a hidden folder of their stage: where that is gone, it shall
-        not come again."""
+        """Its folder is made. What processes pass on lies in hidden folders: one that is gone shall not come again."""
         path, parts = self._at(name), name.split("/")[:-1]
         for depth, part in enumerate(parts):
             passed_on = self._root.joinpath(*parts[:depth + 1])
-            if who is None and part.startswith(PASSED_ON) and not passed_on.is_dir():
+            if who is None and part.startswith(".") and not passed_on.is_dir():
                 raise FileNotFoundError(f"{passed_on} is gone")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -188,11 +198,13 @@ class Owner:
                 (into / inner).parent.mkdir(parents=True, exist_ok=True)
                 os.rename(path, into / inner)
 
-        with self._for(who):
-            target = snapshots.publish(self._at(name), write, manifest, replace=replace)
-        if not written:
+        try:
+            with self._for(who):
+                target = snapshots.publish(self._at(name), write, manifest, replace=replace)
+        finally:
             for path in arrived.values():
                 path.unlink(missing_ok=True)
+        if not written:
             return None
         path = target / MANIFEST
         return path.read_bytes(), path.stat().st_mtime_ns

@@ -171,6 +171,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: a file name in it leads out of the folder.
     """
     path = Path(folder) / MANIFEST
+    elsewhere.bring(path)  # what fails in it, the disk of this node say, is no damage
     try:
         manifest = read_json(path)
     except FileNotFoundError as error:
@@ -244,8 +245,7 @@ def _verify_file(folder: Path, manifest: Mapping[str, Any], name: str, inside: P
         try:
             return _check_file(folder, manifest, name, inside)
         except WatchtowerError:  # what is here may be of another snapshot that was in this place
-            (folder / name).unlink(missing_ok=True)
-            mirror.bring_whole(folder, name, manifest["files"][name]["bytes"])
+            mirror.bring_again(folder, name)
     _check_file(folder, manifest, name, inside)
 
 

@@ -82,7 +82,14 @@ def read_bytes(path: Path | str, most_bytes: int) -> bytes:
     """
     elsewhere.bring(path)
     # Without NONBLOCK, opening a pipe that nobody writes to waits for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        if elsewhere.of(path) is None:
+            raise
+        elsewhere.bring(path)  # another process of this node was just putting a new one in its place
+        descriptor = os.open(path, flags)
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):

@@ -13,8 +13,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
+import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,11 @@ from trainer import watchdog
 CALLS_AT_ONCE = 64
 ANSWERS_WITHIN_S = 60.0
 LOOKS_EVERY_S = 5.0
-QUICK = {"exists", "facts", "names", "manifests", "note", "write_note"}
-REPEATABLE = {*QUICK, "files", "read", "take", "put", "make_folder", "progress"} - {"write_note"}
+QUICK = {"exists", "facts", "names", "manifests", "note", "write_note", "progress"}  # others may read or write for long
+CHANGES_NOTHING = {"exists", "facts", "names", "manifests", "note", "progress", "files", "read", "take"}
+ANSWERS_KEPT = 10_000
+QUICKLY, QUICK_AT_ONCE = "quickly", 16  # threads of their own, which no long call takes
+MOVES_BYTES = 1 << 20  # a second, that the actor reads or writes; asking for that takes a little itself
 FOUND_WITHIN_S = 30.0  # an actor, by its name, once its driver has begun to start it
 LOOKS_WITHIN_S = 2.0  # a shared folder may show a record late
 
@@ -48,7 +55,8 @@ def folder_for_nodes() -> Iterator[None]:
         yield
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_concurrency=CALLS_AT_ONCE, max_restarts=0, name=_name(attempt),
+    actor = ray.remote(num_cpus=0, max_concurrency=CALLS_AT_ONCE, concurrency_groups={QUICKLY: QUICK_AT_ONCE},
+                       max_restarts=0, name=_name(attempt),
                        scheduling_strategy=here)(RunFolder).remote(str(attempt.run_dir))
     try:
         yield
@@ -60,15 +68,29 @@ def folder_for_nodes() -> Iterator[None]:
 
 
 class RunFolder:
-    """embeddings.owner.Owner in a process of the driver's node."""
+    """embeddings.owner.Owner in a process of the driver's node. What changes anything is done once, however often it is
+    asked for under the same number: an answer may get lost on its way."""
 
     def __init__(self, run_dir: str):
         from embeddings.owner import Owner
 
-        self._owner = Owner(run_dir)
+        self._owner, self._lock = Owner(run_dir), threading.Lock()
+        self._done: OrderedDict[str, Future] = OrderedDict()
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._owner, method)(*arguments)
+    def ask(self, number: str, method: str, *arguments: Any) -> Any:
+        if method in CHANGES_NOTHING:
+            return getattr(self._owner, method)(*arguments)
+        with self._lock:
+            is_new = number not in self._done
+            answer = self._done.setdefault(number, Future())
+            while len(self._done) > ANSWERS_KEPT:
+                self._done.popitem(last=False)
+        if is_new:
+            try:
+                answer.set_result(getattr(self._owner, method)(*arguments))
+            except Exception as error:
+                answer.set_exception(error)
+        return answer.result()
 
     def close(self) -> None:
         self._owner.close()
@@ -126,29 +148,32 @@ def _found(attempt: Attempt) -> Any:
 
 
 def _ask(actor: Any, attempt: Attempt, method: str, arguments: tuple) -> Any:
-    """What the actor answers; what is asked of it once more, where it did not, changes nothing.
+    """What the actor answers; it is asked again, under the same number, where it does not for a while.
 
     Raises:
         Away: it does not answer, for longer than a network may be away.
     """
     import ray
 
-    until, progress = time.monotonic() + ANSWERS_WITHIN_S, 0
+    quickly = actor.ask.options(concurrency_group=QUICKLY)
+    number, answered, progress = uuid.uuid4().hex, time.monotonic(), 0
     while True:
         try:
-            asked = actor.ask.remote(method, *arguments)
+            asked = (quickly if method in QUICK else actor.ask).remote(number, method, *arguments)
             while not ray.wait([asked], timeout=LOOKS_EVERY_S)[0]:
-                if method in QUICK and time.monotonic() > until:
-                    raise ray.exceptions.GetTimeoutError(f"{method} takes longer than {ANSWERS_WITHIN_S:g} s")
-                if (now := ray.get(actor.ask.remote("progress"), timeout=ANSWERS_WITHIN_S)) != progress:
-                    progress = now  # it reads and writes: a large file is flushed, or read for its checksum
+                if method in QUICK:
+                    if time.monotonic() - answered > ANSWERS_WITHIN_S:
+                        raise ray.exceptions.GetTimeoutError(f"{method} takes longer than {ANSWERS_WITHIN_S:g} s")
+                    continue
+                before, progress = progress, ray.get(quickly.remote("", "progress"), timeout=ANSWERS_WITHIN_S)
+                answered = time.monotonic()
+                if progress - before > MOVES_BYTES * LOOKS_EVERY_S:  # flushes a large file, or reads its checksum
                     watchdog.moved()
             return ray.get(asked)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, (WatchtowerError, OSError)) else error) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            is_for_a_while = isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError))
-            if not (is_for_a_while and method in REPEATABLE and time.monotonic() < until):
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.ActorDiedError) or time.monotonic() - answered > ANSWERS_WITHIN_S:
                 raise Away(f"{attempt.run_dir}: the driver's node, which has the run folder, does not answer "
                            f"({type(error).__name__})") from error
             time.sleep(1.0)

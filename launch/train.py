@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import InputError, QualityGateError, WatchtowerError
+from configs.errors import InputError, LostError, QualityGateError, WatchtowerError
 from configs.schema import Config
 from configs.secrets import redacted
 from embeddings import attempts, elsewhere
@@ -196,7 +196,7 @@ def _alive(driver: Attempt) -> dict[str, Any] | None:
 def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
     """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group. Of what goes
     wrong here nothing follows: the group is ended, and the next one goes on from the checkpoint before."""
-    with contextlib.suppress(OSError, WatchtowerError):
+    with contextlib.suppress(Exception):
         see_folder(driver)
         before = _alive(driver)
         if before is None:
@@ -361,14 +361,14 @@ def _worker(settings: dict[str, Any]) -> None:
     attempt = _begin(workers, driver, outcome, settings["work"])
 
     def tell(error: WatchtowerError) -> None:
-        with contextlib.suppress(OSError, WatchtowerError):  # on a full disk the driver has Ray's words for it
+        with contextlib.suppress(Exception):  # on a full disk the driver has Ray's words for it
             _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, workers.rank)
 
     def fail(error: BaseException) -> None:
         if says_disk_full(error) and not isinstance(error, WatchtowerError):
             tell(InputError(f"{run_dir}: the disk is full; make room and run again, it goes on from the last "
                             "checkpoint"))
-        elif isinstance(error, WatchtowerError) and not isinstance(error, Superseded):
+        elif isinstance(error, WatchtowerError) and not isinstance(error, (Superseded, LostError)):
             tell(error)
         watch.fail(error)
 

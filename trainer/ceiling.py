@@ -137,9 +137,11 @@ def write_ceiling(data: CrmData, write: Write) -> None:
         mirror.remove(folder, attempts.who())
         for name in ("queries.parquet", "summary.json"):
             mirror.deliver(beside / name, folder / name, attempts.who())
-    with attempts.publishing():
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        shutil.rmtree(beside)
+    else:
+        with attempts.publishing():
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
     if reason is None:
         k = headline_length(data.config.evaluate.at)
         write("ceiling", requests=len(known.judged_J), seconds=summary["seconds"], **{

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configs.errors import InputError, WatchtowerError
+from configs.errors import InputError, LostError, WatchtowerError
 from embeddings import elsewhere
 from embeddings.snapshots import bring, manifests_in, publish_from, remove, says_disk_full, verify
 from embeddings.table_state import TableState, capture_state, load_tables, write_state
@@ -253,6 +253,8 @@ def _as_ours(error: Exception, folder: Path) -> WatchtowerError:
     """An error that all workers can be told."""
     if isinstance(error, WatchtowerError):
         return error
+    if isinstance(error, elsewhere.Away):
+        return LostError(str(error))
     if says_disk_full(error):
         return InputError(f"{folder}: the disk is full; this checkpoint is not there, the one before it is untouched. "
                           "Make room and run again, it goes on from there")
@@ -310,21 +312,26 @@ def have(folder: Path, workers: Workers) -> None:
     other one, as nodes that must bring it take as long as their network does."""
     if not any(workers.everybody(elsewhere.of(folder) is not None)):
         return
-    failed: list[BaseException] = []
+    failed: list[WatchtowerError] = []
 
     def act() -> None:
         try:
             manifests_in(folder.parent)
             bring(folder)
-        except BaseException as error:
-            failed.append(error)
+        except Exception as error:
+            failed.append(_as_ours(error, folder))
 
     thread = threading.Thread(target=act, name="watchtower-bring", daemon=True)
     thread.start()
-    while any(workers.everybody(thread.is_alive(), moves=False)):  # in short turns: a collective has a time limit
+    is_going_on = True
+    while is_going_on:  # in short turns: a collective has a time limit
+        movement = Movement()
         thread.join(TURN_S)
-    if failed:
-        raise failed[0]
+        told = workers.everybody((thread.is_alive(), movement.seen()), moves=False)
+        is_going_on = any(is_alive for is_alive, _ in told)
+        if not is_going_on or any(gets_on for _, gets_on in told):
+            moved()
+    workers.raise_together(failed[0] if failed else None)
 
 
 def load_before_engine(folder: Path, tables: ShardedTables, module: torch.nn.Module) -> None:

@@ -222,7 +222,7 @@ class Watch:
             return
         if self._beats:
             self._beat += 1
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training},
                            flush=False)
         if self.attempt.group is None:  # tasks of the cluster work for the driver

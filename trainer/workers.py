@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import WatchtowerError
+from configs.errors import LostError, WatchtowerError
+from embeddings.elsewhere import Away
 from trainer.watchdog import Movement, moved
 
 SIGN_OF_LIFE_S = 5.0
@@ -206,5 +207,7 @@ class _OnThread:
             self.result = self._act()
         except WatchtowerError as error:
             self.error, self.failed = error, (type(error), str(error))
+        except Away as error:
+            self.error, self.failed = error, (LostError, str(error))
         except BaseException as error:
             self.error, self.failed = error, (WatchtowerError, f"the first worker failed: {error!r}")

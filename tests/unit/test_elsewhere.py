@@ -308,9 +308,23 @@ def test_a_run_folder_of_ones_own_is_never_taken_for_a_mirror(nodes):
     own = nodes.parent / "node" / "run"
     attempts.begin_driver(own)
     (own / "labels").mkdir()
-    with pytest.raises(InputError, match="there is another run folder at this path"):
+    with pytest.raises(InputError, match="there are other files at this path"):
         nodes.mirror()
     assert (own / "labels").is_dir() and not (own / ".mirror").exists()
+
+
+def test_a_folder_of_somebody_else_is_never_taken_for_a_mirror(nodes):
+    own = nodes.parent / "node" / "run"
+    (own / "precious").mkdir(parents=True)
+    (own / "precious" / "a").write_text("a")
+    with pytest.raises(InputError, match="there are other files at this path"):
+        nodes.mirror()
+    assert not elsewhere.clear_mirror(own) and listed(own) == {"precious/a": b"a"}
+    shutil.rmtree(own / "precious")
+    (own / "ray").mkdir()
+    nodes.mirror()
+    nodes.mirror()
+    assert (own / ".mirror" / "made-here").exists(), "an empty one is made one, and stays one for others"
 
 
 def test_a_mirror_is_emptied_before_it_becomes_a_run_folder(nodes):
@@ -349,7 +363,7 @@ def test_a_mirror_that_was_taken_away_changes_nothing_in_its_place(nodes):
                 lambda: snapshots.publish(root / "labels", fill("y"), {}, replace=True),
                 lambda: snapshots.remove(root / "labels"), lambda: mirror.tidy(),
                 lambda: whole_file(root / "labels" / "a.txt", lambda path: path.write_text("y"))):
-        with contextlib.suppress(WatchtowerError, FileNotFoundError):
+        with contextlib.suppress(elsewhere.Away, FileNotFoundError):
             act()
         assert listed(root) == before
 
@@ -428,9 +442,55 @@ def test_no_name_leads_out_of_the_folder(nodes, name):
 def test_a_file_of_which_a_part_is_missing_is_not_placed(nodes):
     upload = "0" * 32
     nodes.owner.take(upload, 0, b"abc")
+    nodes.owner.take(upload, 0, b"abc")
     with pytest.raises(OSError, match="3 of 4 bytes"):
         nodes.owner.place("labels/x", upload, 4, (1, None))
     assert not (nodes.there / "labels" / "x").exists()
+
+
+def test_a_part_that_comes_late_a_second_time_changes_nothing(nodes):
+    upload = "1" * 32
+    for begin, part in ((0, b"aaaa"), (4, b"bbbb"), (0, b"aaaa"), (8, b"cc")):
+        nodes.owner.take(upload, begin, part)
+    nodes.owner.place("labels/x", upload, 10, None)
+    assert (nodes.there / "labels" / "x").read_bytes() == b"aaaabbbbcc"
+
+
+def test_what_was_sent_for_nothing_is_not_kept(nodes):
+    attempts.begin_driver(nodes.there)
+    root = nodes.mirror()
+    with attempts.acting(Attempt(root, 7)):
+        for act in (lambda: snapshots.publish(root / "indexes" / "1", fill("x"), {}),
+                    lambda: elsewhere.of(root).put(root / "x.json", b"{}", attempts.who())):
+            with pytest.raises(Superseded):
+                act()
+    assert os.listdir(nodes.owner._incoming) == []
+
+
+def test_a_file_that_another_process_was_just_replacing_is_read(nodes, monkeypatch):
+    snapshots.publish(nodes.there / "labels", fill("x"), {"kind": "labels"})
+    root, opened = nodes.mirror(), []
+    snapshots.read_manifest(root / "labels")
+
+    def gone_once(path, flags, *more, real=os.open):
+        if str(path).endswith("manifest.json") and str(path).startswith(str(root)) and not opened:
+            opened.append(path)
+            os.unlink(path)
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", gone_once)
+    assert snapshots.read_manifest(root / "labels")["kind"] == "labels" and opened
+
+
+def test_a_manifest_that_is_the_same_keeps_what_is_here(nodes):
+    """On a file system with coarser times than the owner's."""
+    snapshots.publish(nodes.there / "labels", fill("x"), {})
+    folder = nodes.mirror() / "labels"
+    snapshots.bring(folder)
+    os.utime(folder / "manifest.json", (1, 1))
+    inode = (folder / "a.txt").stat().st_ino
+    snapshots.read_manifest(folder)
+    assert (folder / "a.txt").stat().st_ino == inode
 
 
 def test_a_path_outside_of_the_run_folder_is_what_it_seems(nodes, tmp_path):
@@ -469,3 +529,24 @@ def test_nodes_see_what_nodes_that_share_a_folder_would_see(tmp_path_factory, st
     finally:
         elsewhere.see_through(None)
         nodes.owner.close()
+
+
+def test_what_is_asked_for_twice_under_one_number_is_done_once(nodes, monkeypatch):
+    """The answer to the first got lost."""
+    from launch import nodes as launched
+
+    folder = launched.RunFolder(str(nodes.there))
+    try:
+        for _ in range(3):
+            folder.ask("1", "append", "events.jsonl", b"one\n")
+        folder.ask("2", "append", "events.jsonl", b"two\n")
+        assert (nodes.there / "events.jsonl").read_bytes() == b"one\ntwo\n"
+        for _ in range(2):
+            with pytest.raises(OSError, match="No such file"):
+                folder.ask("3", "place", "labels/x", "0" * 32, 1, None)
+        assert folder.ask("4", "read", "events.jsonl", 0, 3) == b"one" and list(folder._done) == ["1", "2", "3"]
+        monkeypatch.setattr(launched, "ANSWERS_KEPT", 2)
+        folder.ask("5", "append", "events.jsonl", b"three\n")
+        assert list(folder._done) == ["3", "5"]
+    finally:
+        folder.close()
