@@ -104,10 +104,11 @@ def act(arguments: argparse.Namespace) -> int:
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 def check_places(config: Config) -> None:
-    """Files that the machines of a cluster must reach are named in full.
+    """Files that the machines of a cluster must reach are named in full, and by no secret.
 
     Raises:
-        InputError: for every place that only means something in this folder.
+        InputError: for every place that only means something in this folder, and every one that has a password in it:
+            everybody who sees the job could read it.
     """
     named = {"run_dir": config.run_dir, "data.logs": config.data.logs, "data.items": config.data.items,
              "data.users": config.data.users,
@@ -117,8 +118,14 @@ def check_places(config: Config) -> None:
     wrong = []
     for key, place in named.items():
         if place is not None and not Path(place).is_absolute() and "://" not in place:
-            wrong.append(f"{key}: {place} is relative to this folder, which the cluster does not have; give a whole "
-                         f"path that all its machines share{'' if key == 'storage.work_dir' else ', or a URL'}")
+            instead = {"run_dir": "a whole path of the machine that the driver runs on, or a URL",
+                       "storage.work_dir": "a whole path of the machine that the driver runs on"}.get(
+                           key, "a whole path that all its machines share, or a URL")
+            wrong.append(f"{key}: {place} is relative to this folder, which the cluster does not have; give {instead}")
+        if place is not None and redact(place) != place:
+            wrong.append(f"{key}: {redact(place)} has a secret in it, which everybody who sees the job could read, so "
+                         "it is not sent. Leave it out of the URL; the cluster's machines have the keys, in their "
+                         "environment or by their identity")
     if wrong:
         raise InputError("\n".join(wrong))
 

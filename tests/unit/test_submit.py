@@ -24,6 +24,10 @@ def test_places_that_only_this_folder_knows(smoke):
     assert [line.split(":")[0] for line in str(told.value).splitlines()] == ["run_dir", "data.logs"]
     check_places(load(smoke, ["run_dir=/shared/run", "data.logs=/shared/logs"]))
     check_places(load(smoke, ["run_dir=s3://bucket/run", "storage.work_dir=/shared/work"]))
+    check_places(load(smoke, ["run_dir=s3://bucket/run?region=eu-central-1&endpoint_override=host:9000"]))
+    with pytest.raises(InputError, match=r"run_dir: s3://\*\*\*@bucket/run has a secret in it") as told:
+        check_places(load(smoke, ["run_dir=s3://a-key:a-secret@bucket/run"]))
+    assert "a-secret" not in str(told.value)
     with pytest.raises(InputError, match="storage.work_dir: work is relative"):
         check_places(load(smoke, ["run_dir=s3://bucket/run", "storage.work_dir=work"]))
 
