@@ -203,13 +203,15 @@ def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
             return  # the first group
         time.sleep(3 * LOOK_S)
         after = _alive(driver)
-        if after is None or after == before or not after["training"]:
-            return  # it is dead, or has nothing to save
+        if after is None or after == before or not after["training"] or after.get("stands"):
+            return  # it is dead, or has nothing to save, or waits for a worker that is gone
         attempts.write_note(replace(driver, group=after["group"]).folder / "stop.json",
                             {"reason": "the cluster has another size"})
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and elsewhere.size(outcome) is None:
             time.sleep(LOOK_S)
+            if (_alive(driver) or {}).get("stands"):
+                return
 
 
 @contextmanager

@@ -56,6 +56,10 @@ BUSY_TASK_SHARE = 0.02
 """The same for a task of the cluster, which reads and writes more than it computes."""
 
 
+STANDS_S, STANDS_STEPS = 5.0, 3
+"""A step that takes so long, and so many times the longest one before, is not waited for where a group shall save."""
+
+
 class Stuck(WatchtowerError):
     """Nothing has moved for too long."""
 
@@ -63,12 +67,17 @@ class Stuck(WatchtowerError):
 @dataclass
 class Progress:
     """When this process last moved, and what. in_step: what moves next is a training step; CPU time says nothing.
-    training: a training loop runs here that answers a wish to stop."""
+    training: a training loop runs here that answers a wish to stop. longest_s: that a step of it has taken so far."""
 
     at: float
     what: str = "the start"
     in_step: bool = False
     training: bool = False
+    longest_s: float = 0.0
+
+    def stands(self) -> bool:
+        """Whether it is in a step that takes much longer than any before: it waits for one that is gone, perhaps."""
+        return self.in_step and time.monotonic() - self.at > STANDS_S + STANDS_STEPS * self.longest_s
 
 
 PROGRESS = Progress(time.monotonic())
@@ -76,7 +85,10 @@ PROGRESS = Progress(time.monotonic())
 
 def moved(what: str | None = None, *, in_step: bool | None = None) -> None:
     """Something got on. None leaves what was said before as it is."""
-    PROGRESS.at = time.monotonic()
+    now = time.monotonic()
+    if PROGRESS.in_step:
+        PROGRESS.longest_s = max(PROGRESS.longest_s, now - PROGRESS.at)
+    PROGRESS.at = now
     if what is not None:
         PROGRESS.what = what
     if in_step is not None:
@@ -86,7 +98,7 @@ def moved(what: str | None = None, *, in_step: bool | None = None) -> None:
 def training(runs: bool) -> None:
     """A training loop that answers a wish to stop begins here, or has ended."""
     moved(in_step=False)
-    PROGRESS.training = runs
+    PROGRESS.training, PROGRESS.longest_s = runs, 0.0
 
 
 class Movement:
@@ -223,8 +235,8 @@ class Watch:
         if self._beats:
             self._beat += 1
             with contextlib.suppress(Exception):
-                write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training},
-                           flush=False)
+                write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training,
+                                                         "stands": PROGRESS.stands()}, flush=False)
         if self.attempt.group is None:  # tasks of the cluster work for the driver
             signs = {sign.name: sign.read_bytes() for sign in self._folder.glob("at-work-*.json")}
             if signs != self._signs:

@@ -16,8 +16,8 @@ def driver(tmp_path):
     return begin_driver(tmp_path)
 
 
-def beat(group, number=1, training=True):
-    write_note(group.folder / "alive.json", {"beat": number, "training": training}, flush=False)
+def beat(group, number=1, training=True, stands=False):
+    write_note(group.folder / "alive.json", {"beat": number, "training": training, "stands": stands}, flush=False)
 
 
 def test_only_a_group_that_trains_is_asked_to_stop(driver):
@@ -64,6 +64,30 @@ def test_a_group_saves_before_it_is_resized(driver, tmp_path, monkeypatch):
         over.set()
         thread.join()
     assert read_note(outcome)["step"] == 7
+
+
+@pytest.mark.parametrize("stands_from", [0, 300])
+def test_a_group_that_waits_for_a_lost_worker_is_not_waited_for(driver, tmp_path, monkeypatch, stands_from):
+    """It cannot save: with the worker that is gone goes the collective in which the others stand."""
+    monkeypatch.setattr(train, "LOOK_S", 0.2)
+    group, over = begin_group(driver, "crm"), threading.Event()
+
+    def lives():
+        number = 0
+        while not over.wait(0.01):
+            number += 1
+            beat(group, number, stands=number > stands_from)
+
+    thread = threading.Thread(target=lives)
+    thread.start()
+    try:
+        while train._alive(driver) is None or (stands_from == 0 and not train._alive(driver)["stands"]):
+            time.sleep(0.01)
+        train._save_before_resize(driver, tmp_path / "stages" / "crm.outcome.json", 600)
+    finally:
+        over.set()
+        thread.join()
+    assert (group.folder / "stop.json").exists() == (stands_from > 0)
 
 
 def test_the_first_cause_is_that_of_the_newest_group_that_failed(driver):

@@ -269,3 +269,26 @@ def test_only_the_first_error_is_raised_and_the_grace_ends_with_the_block(reposi
 
 def test_errors_of_the_watch_are_failures_of_the_run():
     assert issubclass(Stuck, WatchtowerError) and Stuck.exit_code == 1
+
+
+def test_a_step_that_takes_much_longer_than_any_before_stands(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watchdog, "PROGRESS", Progress(100.0))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    watchdog.training(True)
+    now[0] += 100
+    assert not watchdog.PROGRESS.stands(), "no step yet"
+    moved("step 1", in_step=True)
+    for _ in range(3):
+        now[0] += 4
+        moved("a step", in_step=True)
+    assert watchdog.PROGRESS.longest_s == 4
+    now[0] += 16
+    assert not watchdog.PROGRESS.stands()
+    now[0] += 2
+    assert watchdog.PROGRESS.stands()
+    moved("what follows the epoch", in_step=False)
+    now[0] += 1000
+    assert not watchdog.PROGRESS.stands(), "an index may take its time"
+    watchdog.training(False)
+    assert watchdog.PROGRESS.longest_s == 0
