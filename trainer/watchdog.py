@@ -56,8 +56,9 @@ BUSY_TASK_SHARE = 0.02
 """The same for a task of the cluster, which reads and writes more than it computes."""
 
 
-STANDS_S, STANDS_STEPS = 5.0, 3
-"""A step that takes so long, and so many times the longest one before, is not waited for where a group shall save."""
+STANDS_S, STANDS_STEPS = 15.0, 3
+"""A group in which nothing moves for so long, and so many times the longest step, is not waited for where it shall save.
+Who waits in turns for what one rank does alone moves every few seconds, as long as that one does."""
 
 
 class Stuck(WatchtowerError):
@@ -76,8 +77,8 @@ class Progress:
     longest_s: float = 0.0
 
     def stands(self) -> bool:
-        """Whether it is in a step that takes much longer than any before: it waits for one that is gone, perhaps."""
-        return self.in_step and time.monotonic() - self.at > STANDS_S + STANDS_STEPS * self.longest_s
+        """Whether nothing has moved for much longer than any step took: it waits for one that is gone, perhaps."""
+        return self.training and time.monotonic() - self.at > STANDS_S + STANDS_STEPS * self.longest_s
 
 
 PROGRESS = Progress(time.monotonic())
