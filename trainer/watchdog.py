@@ -57,8 +57,8 @@ BUSY_TASK_SHARE = 0.02
 
 
 STANDS_S, STANDS_STEPS = 15.0, 3
-"""A group in which nothing moves for so long, and so many times the longest step, is not waited for where it shall save.
-Who waits in turns for what one rank does alone moves every few seconds, as long as that one does."""
+"""A group in which nothing moves for so long, and so many times the longest step, is not waited for where it shall
+save. Who waits in turns for what one rank does alone moves every few seconds, as long as that one does."""
 
 
 class Stuck(WatchtowerError):
