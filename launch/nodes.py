@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import WatchtowerError
-from configs.secrets import redacted
+from configs.secrets import redact, redacted
 from embeddings import elsewhere
 from embeddings.attempts import Attempt, acts_for, sees
 from embeddings.elsewhere import Away, Mirror, Shared
+from launch.console import say
 from trainer import watchdog
 
 CALLS_AT_ONCE = 64
@@ -63,7 +65,7 @@ def folder_for_nodes() -> Iterator[None]:
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone
             ray.get(actor.close.remote(), timeout=10)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # then it has ended with the cluster
             ray.kill(actor)
 
 
@@ -180,10 +182,13 @@ def _ask(actor: Any, attempt: Attempt, method: str, arguments: tuple) -> Any:
 
 
 def tell_owner(attempt: Attempt, path: Path, told: dict[str, Any]) -> None:
-    """Leave a small JSON file at a path of the run folder, from a process that does not see it; raises nothing."""
-    with contextlib.suppress(Exception):
+    """Leave a small JSON file at a path of the run folder, from a process that does not see it. What goes wrong is said
+    on stderr: the caller is about to raise what it has to tell."""
+    try:
         data = json.dumps(redacted(told)).encode()
         _ask(_found(attempt), attempt, "put", (path.relative_to(attempt.run_dir).as_posix(), data, None))
+    except Exception as error:
+        say(redact(f"the driver could not be told: {error!r}"), "warning", sys.stderr)
 
 
 @contextlib.contextmanager

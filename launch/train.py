@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError, LostError, QualityGateError, WatchtowerError
 from configs.schema import Config
-from configs.secrets import redacted
+from configs.secrets import redact, redacted
 from embeddings import attempts, elsewhere
 from embeddings.attempts import Attempt, Superseded, acting
 from embeddings.snapshots import says_disk_full
@@ -196,7 +197,7 @@ def _alive(driver: Attempt) -> dict[str, Any] | None:
 def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
     """Let a group that trains save a checkpoint; runs in Ray Train's controller, before it ends the group. Of what goes
     wrong here nothing follows: the group is ended, and the next one goes on from the checkpoint before."""
-    with contextlib.suppress(Exception):
+    try:
         see_folder(driver)
         before = _alive(driver)
         if before is None:
@@ -212,6 +213,8 @@ def _save_before_resize(driver: Attempt, outcome: Path, grace_s: float) -> None:
             time.sleep(LOOK_S)
             if (_alive(driver) or {}).get("stands"):
                 return
+    except Exception as error:
+        say(redact(f"the group was not asked to save before it is ended: {error!r}"), "warning", sys.stderr)
 
 
 @contextmanager
@@ -363,8 +366,10 @@ def _worker(settings: dict[str, Any]) -> None:
     attempt = _begin(workers, driver, outcome, settings["work"])
 
     def tell(error: WatchtowerError) -> None:
-        with contextlib.suppress(Exception):  # on a full disk the driver has Ray's words for it
+        try:
             _write_outcome(outcome, {"error": type(error).__name__, "message": str(error)}, workers.rank)
+        except Exception as untold:  # on a full disk, say; the driver has Ray's words for it
+            say(redact(f"the driver could not be told of {type(error).__name__}: {untold!r}"), "warning", sys.stderr)
 
     def fail(error: BaseException) -> None:
         if says_disk_full(error) and not isinstance(error, WatchtowerError):

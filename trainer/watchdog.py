@@ -29,14 +29,7 @@ from pathlib import Path
 from configs.errors import WatchtowerError
 from configs.secrets import redact
 from embeddings import elsewhere
-from embeddings.attempts import (
-    Attempt,
-    Superseded,
-    acting,
-    note_first,
-    read_note,
-    write_note,
-)
+from embeddings.attempts import Attempt, Superseded, acting, note_first, read_note, write_note
 
 LOOK_S = 0.5
 RECORD_EVERY_S = 2.0
@@ -54,7 +47,6 @@ BUSY_BYTES = 4 * 2**20
 
 BUSY_TASK_SHARE = 0.02
 """The same for a task of the cluster, which reads and writes more than it computes."""
-
 
 STANDS_S, STANDS_STEPS = 15.0, 3
 """A group in which nothing moves for so long, and so many times the longest step, is not waited for where it shall
@@ -235,7 +227,7 @@ class Watch:
             return
         if self._beats:
             self._beat += 1
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the next one follows, and the looks below must not be lost over it
                 write_note(self._folder / "alive.json", {"beat": self._beat, "training": PROGRESS.training,
                                                          "stands": PROGRESS.stands()}, flush=False)
         if self.attempt.group is None:  # tasks of the cluster work for the driver
