@@ -134,7 +134,8 @@ def test_one_that_still_takes_is_alive(server, place, url, folder, tmp_path):
                 goes_on.wait(60)
 
         proxy.fault = fault
-        slow = RemoteFolder(url_of(proxy.address, place), made(tmp_path / "slow"), **FAST)
+        # Four beats are waited for, four seconds; with FAST's, 0.2 s, a busy machine's beat may come too late.
+        slow = RemoteFolder(url_of(proxy.address, place), made(tmp_path / "slow"), **FAST | {"every_s": 1.0})
         taking = threading.Thread(target=slow.take)
         taking.start()
         try:

@@ -166,7 +166,7 @@ def test_another_machine_takes_over_and_the_first_is_cut_off(url, folder, tmp_pa
 
 def test_a_living_one_is_not_disturbed(url, folder, tmp_path):
     begun(url, folder)
-    first = RemoteFolder(url, folder, **FAST)
+    first = RemoteFolder(url, folder, **FAST | {"every_s": 0.5})  # four beats are waited for
     first.take()
     with first.carrying():
         with pytest.raises(WatchtowerError, match="is being written by process .* wait for it"):
