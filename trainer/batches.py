@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.conditions import WatchBuckets, returns
 from trainer.dropout import place_keys
+from trainer.losses import softmax_columns
 from trainer.windows import BatchRows, TargetViews, target_rows
 
 GAP_BUCKETS = 32
@@ -65,8 +66,11 @@ class WindowBatch:
     else the log bucket of the time since the last view. read_R: the packed positions that user vectors are read at,
     the targets in training and the last ones of requests. user_B: user ids, for messages. row_B: the window's row in
     the batch of all workers. windows, positions: B, P.
-    target_row_G, target_log_q_G (float32): item and log q of the targets of all workers in rank order, the columns of
-    the softmax; targets_per_rank: how many of them are each worker's. Empty in a batch of requests.
+    targets_per_rank: targets of each worker in this global batch. Their distinct items are the columns of the softmax,
+    in rank order of who gives their vectors (losses.Columns): column_log_q_G (float32), column_count_G (float32, how
+    many targets are this item); columns_per_rank: how many are each worker's; column_item_N: index into the items of
+    those that are this one's. target_column_R: where among them the target of each position that is read lies. Empty in
+    a batch of requests.
     """
 
     items: ItemBatch
@@ -81,9 +85,12 @@ class WindowBatch:
     row_B: Tensor
     windows: int
     positions: int
-    target_row_G: Tensor
-    target_log_q_G: Tensor
     targets_per_rank: list[int]
+    columns_per_rank: list[int]
+    column_log_q_G: Tensor
+    column_count_G: Tensor
+    column_item_N: Tensor
+    target_column_R: Tensor
 
     @property
     def key_V(self) -> Tensor:
@@ -185,16 +192,19 @@ class Collation:
         window of the unknown item without a target.
         """
         keep_GP = rng.random((rows.global_rows, self.positions)) >= self.dropout
-        target_row_by_rank = rows.target_row_by_rank or [target_rows(rows.parts)]
+        if rows.target_row_by_rank:
+            target_row_by_rank, rank = rows.target_row_by_rank, rows.rank
+        else:
+            target_row_by_rank, rank = [target_rows(rows.parts)], 0
         if not rows.parts:
-            return self._empty(features, target_row_by_rank)
+            return self._empty(features, target_row_by_rank, rank)
         pieces = [self._gather(views, w.begin_W, w.end_W, w.first_target_W) for views, w in rows.parts]
         columns = {name: _stack([piece[name] for piece in pieces]) for name in pieces[0]}
         length_B = columns["length"]
         keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
         condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
         columns["row"] = rows.rank + np.arange(len(length_B)) * rows.workers
-        return self._finish(features, columns, condition_BP, length_B, columns["target"], target_row_by_rank)
+        return self._finish(features, columns, condition_BP, length_B, columns["target"], target_row_by_rank, rank)
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
                       time_ms_Q: np.ndarray, condition_Q: np.ndarray,
@@ -240,7 +250,7 @@ class Collation:
                 "user": views.user_id_U[owner_B]}
 
     def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B, read_BP,
-                target_row_by_rank: list[np.ndarray] | None = None) -> WindowBatch:
+                target_row_by_rank: Sequence[np.ndarray] = (), rank: int = 0) -> WindowBatch:
         inside_BP, time_BP = columns["inside"], columns["time"]
         unknown_time_BP = columns["ordinal"] | ~inside_BP
         hour_BP = np.where(unknown_time_BP, 0, 1 + (time_BP + self.utc_offset_ms) // 3_600_000 % HOURS)
@@ -260,7 +270,7 @@ class Collation:
             return torch.from_numpy(values_BP.ravel()[place_V].astype(np.int64))
 
         row_U, item_V = np.unique(columns["item_row"].ravel()[place_V], return_inverse=True)
-        target_row_G = np.concatenate([np.zeros(0, np.int64), *(target_row_by_rank or [])])
+        softmax = softmax_columns(target_row_by_rank, rank)
         return WindowBatch(
             items=features.take(row_U.astype(np.int64), np.asarray(columns["user"], np.int64)),
             place_V=torch.from_numpy(place_V),
@@ -271,17 +281,19 @@ class Collation:
             user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
             row_B=torch.from_numpy(columns.get("row", np.arange(len(inside_BP)))),
             windows=len(inside_BP), positions=inside_BP.shape[1],
-            target_row_G=torch.from_numpy(target_row_G),
-            target_log_q_G=torch.from_numpy(features.log_q_N[target_row_G]),
-            targets_per_rank=[len(rows) for rows in target_row_by_rank or []])
+            targets_per_rank=[len(rows) for rows in target_row_by_rank], columns_per_rank=softmax.per_rank,
+            column_log_q_G=torch.from_numpy(features.log_q_N[softmax.row_G]),
+            column_count_G=torch.from_numpy(softmax.count_G),
+            column_item_N=torch.from_numpy(np.searchsorted(row_U, softmax.of_rank(rank))),
+            target_column_R=torch.from_numpy(softmax.column_B))
 
-    def _empty(self, features: ItemFeatures, target_row_by_rank: list[np.ndarray]) -> WindowBatch:
+    def _empty(self, features: ItemFeatures, target_row_by_rank: list[np.ndarray], rank: int) -> WindowBatch:
         columns = {"item_row": np.zeros((1, 1), np.int64), "watch_s": np.full((1, 1), np.nan),
                    "time": np.zeros((1, 1), np.int64), "ordinal": np.ones((1, 1), bool),
                    "inside": np.ones((1, 1), bool), "target": np.zeros((1, 1), bool),
                    "length": np.ones(1, np.int64), "user": np.zeros(1, np.int64)}
         return self._finish(features, columns, columns["watch_s"], columns["length"], columns["target"],
-                            target_row_by_rank)
+                            target_row_by_rank, rank)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

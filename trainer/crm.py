@@ -8,7 +8,8 @@ Score: s(u, i) = similarity(u, v_i) + b_i with b_i = log q_i + delta_i, delta_i 
 loss log q comes off again (logQ correction), so the softmax trains u, v and delta against the item's popularity, and
 the index, which adds log q back, ranks by the estimate of log p(i | user, W).
 
-Shape suffixes: U = items of the batch, V = views, D = width, R = positions read (local targets), G = targets of all.
+Shape suffixes: U = items of the batch, V = views, D = width, R = positions read (local targets), N, G = columns of the
+softmax, this worker's and all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from configs.schema import CrmConfig, ModelConfig, RouterConfig
 from embeddings.similarity import Similarity
 from embeddings.tables import TableSpec
 from trainer.batches import ItemBatch, WindowBatch
-from trainer.losses import gather_with_gradient, in_batch_softmax, target_columns
+from trainer.losses import gather_with_gradient, in_batch_softmax
 from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, RequestEncoder, ViewEncoder
 
 
@@ -104,19 +105,15 @@ class CrmModel(nn.Module):
         """In-batch softmax over the targets of all workers (Eq. 2) at every target position."""
         hidden_UD = self.items(batch.items, tables)
         user_RD = self._users(hidden_UD, batch, tables)
-        target_R = batch.item_V.index_select(0, batch.read_R)
         vector_UD, delta_U = self.item_tower(hidden_UD)
         # One gather for the vectors and the bias: collectives on a CPU cost more than their bytes.
-        own_RE = F.embedding(target_R, torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float())
-        item_GE = gather_with_gradient(own_RE, rows_per_rank=batch.targets_per_rank)
-        log_q_G = batch.target_log_q_G
+        item_UE = torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float()
+        item_GE = gather_with_gradient(F.embedding(batch.column_item_N, item_UE), rows_per_rank=batch.columns_per_rank)
+        log_q_G = batch.column_log_q_G
         bias_G = item_GE[:, -1] + (log_q_G if self.item_bias else 0.0)
         logits_RG = self.similarity.scores(user_RD.float(), item_GE[:, :-1], bias_G)
-        rank = torch.distributed.get_rank() if len(batch.targets_per_rank) > 1 else 0
-        return in_batch_softmax(logits_RG, batch.target_row_G,
-                                target_columns(batch.targets_per_rank, rank, target_R.device),
-                                log_q_G=log_q_G if self.log_q else None,
-                                total_weight=float(sum(batch.targets_per_rank)))
+        return in_batch_softmax(logits_RG, batch.target_column_R, log_q_G=log_q_G if self.log_q else None,
+                                count_G=batch.column_count_G, total_weight=float(sum(batch.targets_per_rank)))
 
     def index_vectors(self, items: ItemBatch, tables: dict[str, Tensor]) -> Tensor:
         """float32 (U, D + 1): what the index holds of these items."""

@@ -180,10 +180,12 @@ def size_up(training: Training, trace: StepTrace, tables: Sequence[PlacedTable])
     devices, rows = training.devices, training.rows_a_device
     ids = {name: count * rows for name, count in trace.ids_per_row.items()}
     targets = trace.targets_per_row * rows
-    logits = targets * targets * devices
+    # A column is a distinct item. How many are distinct the log decides; all of them, up to the catalogue, is the most.
+    columns = min(targets * devices, float(training.items + 1))
+    logits = targets * columns
     served_D = _served(tables, ids, devices)  # floats
     asked = sum(ids[table.name] * table.dim for table in tables)
-    gathered = targets * devices * trace.gathered_width * FLOAT_BYTES
+    gathered = columns * trace.gathered_width * FLOAT_BYTES
     memory_D = {
         "tables": sum(table.weight_bytes(devices) for table in tables).astype(float),
         "table_optimizer": sum(table.state_bytes(devices) for table in tables).astype(float),

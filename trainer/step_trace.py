@@ -2,7 +2,7 @@
 
 No formula stands for a tower here: forward and backward of the model itself are run on the CPU with 1, 2 and 3 rows,
 while torch tells what autograd keeps and which matrix products are done. Everything grows with the rows B of a worker,
-but for the softmax, whose logits are R x G, local targets times the targets of all workers:
+but for the softmax, whose logits are R x G, local targets times the distinct ones of all workers:
 
     f(B, G) = a + b B + c R G,       R = targets_per_row * B,   G = R * workers        (a, b, c from the three counts)
 
@@ -95,8 +95,9 @@ def trace_crm(config: Config, model: ModelConfig, sizes: FeatureSizes, tags_per_
             items=_items(items, rows, sizes, tags_per_item), place_V=place_V, item_V=torch.arange(items),
             watch_bucket_V=place_V % (buckets + 1), condition_bucket_V=place_V % (buckets + 1),
             hour_V=place_V % (HOURS + 1), gap_V=place_V % 2, read_R=read_R, user_B=torch.arange(rows),
-            row_B=torch.arange(rows), windows=rows, positions=positions, target_row_G=read_R,
-            target_log_q_G=torch.zeros(len(read_R)), targets_per_rank=[len(read_R)])
+            row_B=torch.arange(rows), windows=rows, positions=positions, targets_per_rank=[len(read_R)],
+            columns_per_rank=[len(read_R)], column_log_q_G=torch.zeros(len(read_R)),
+            column_count_G=torch.ones(len(read_R)), column_item_N=read_R, target_column_R=torch.arange(len(read_R)))
 
     return _trace(module, batch_of, config.crm.tables.dim, sizes, _ids(config.crm, sizes, positions, tags_per_item),
                   targets, tower.dim + 1, on_gpu=on_gpu)

@@ -26,7 +26,7 @@ from trainer.engine import (
     parameter_groups,
     save_dense,
 )
-from trainer.losses import count_rows, gather_ids, gather_with_gradient, in_batch_softmax, target_columns
+from trainer.losses import gather_with_gradient, in_batch_softmax, softmax_columns
 
 ITEMS, USERS, WIDTH = 40, 30, 8
 STEPS, SAVE_AT, SAVE_END = 50, 5, 10
@@ -143,17 +143,15 @@ def distributed_loss(engine, table, step):
     rank, world = dist.get_rank(), dist.get_world_size()
     users, items, weights, valid = local_part(step, rank, world)
     user_ND, item_ND = engine(table(users, items))
-    counts = count_rows(len(users), torch.device("cpu"))
-    item_GD = gather_with_gradient(item_ND.float(), rows_per_rank=counts)
-    item_G = gather_ids(items, rows_per_rank=counts)
-    return in_batch_softmax(
-        user_ND.float() @ item_GD.T,
-        item_G,
-        target_columns(counts, rank, torch.device("cpu")),
-        log_q_G=LOG_Q[item_G],
-        valid_G=gather_ids(valid, rows_per_rank=counts),
-        weight_B=weights,
-    )[0]
+    by_rank = [local_part(step, other, world) for other in range(world)]
+    positives = [items[valid].numpy() for _, items, _, valid in by_rank]
+    columns = softmax_columns(positives, rank)
+    first_N = [items.tolist().index(item) for item in columns.of_rank(rank)]
+    item_GD = gather_with_gradient(item_ND.float()[first_N], rows_per_rank=columns.per_rank)
+    target_B = torch.zeros(len(users), dtype=torch.int64)  # of a row that is padding any column
+    target_B[valid] = torch.from_numpy(columns.column_B)
+    return in_batch_softmax(user_ND.float() @ item_GD.T, target_B, log_q_G=LOG_Q[columns.row_G],
+                            count_G=torch.from_numpy(columns.count_G), weight_B=weights)[0]
 
 
 def distributed_steps(engine, table, first, last):
@@ -357,14 +355,14 @@ def collective_checks():
     found = []
     for rows in ([2] * world, list(range(world)), [0] * world):
         x = (torch.arange(rows[rank] * 3).reshape(-1, 3).float() + 100 * rank).requires_grad_()
-        gathered = gather_with_gradient(x)
+        gathered = gather_with_gradient(x, rows_per_rank=rows)
         (gathered.sum(dim=1) @ torch.arange(1.0, len(gathered) + 1) * (rank + 1)).backward()
         start = sum(rows[:rank])
         row = torch.arange(start + 1.0, start + rows[rank] + 1)[:, None].expand(-1, 3)
         expected = torch.cat([torch.arange(n * 3).reshape(-1, 3).float() + 100 * r for r, n in enumerate(rows)])
         found += [torch.equal(gathered, expected), torch.equal(x.grad, row * sum(range(1, world + 1)))]
     try:
-        gather_ids(torch.arange(3), rows_per_rank=[2] * world)
+        gather_with_gradient(torch.zeros(3, 1), rows_per_rank=[2] * world)
     except ValueError as error:
         found.append("holds 3 rows" in str(error))
     return found

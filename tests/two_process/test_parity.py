@@ -180,10 +180,10 @@ def _gradient_times(x, factor):
 
 def _own_columns_only(x_ND, *, rows_per_rank):
     """A gather that forgets what other ranks' losses ask of this rank's columns."""
-    from trainer.losses import gather_ids
+    from trainer.losses import gather_with_gradient
 
     rank = torch.distributed.get_rank()
-    parts = list(gather_ids(x_ND, rows_per_rank=rows_per_rank).split(rows_per_rank))
+    parts = list(gather_with_gradient(x_ND.detach(), rows_per_rank=rows_per_rank).split(rows_per_rank))
     parts[rank] = x_ND
     return torch.cat(parts)
 

@@ -221,8 +221,16 @@ def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, w
         assert batch.targets_per_rank == [sum(map(len, targets))] == [len(batch.read_R)]
         for mine in (shared[rank][step] for rank in range(workers)):  # each knows the columns of all
             assert mine.targets_per_rank == [len(rows) for rows in targets]
-            assert mine.target_row_G.tolist() == [row for rows in targets for row in rows]
-            np.testing.assert_array_equal(mine.target_log_q_G, f.log_q_N[mine.target_row_G])
+            assert mine.columns_per_rank == shared[0][step].columns_per_rank
+            for name in ("column_count_G", "column_log_q_G"):
+                assert torch.equal(getattr(mine, name), getattr(shared[0][step], name))
+        column_row_G = np.concatenate([mine.items.row_U[mine.column_item_N]
+                                       for mine in (shared[rank][step] for rank in range(workers))])
+        row_G, count_G = np.unique([row for rows in targets for row in rows], return_counts=True)
+        order_G = np.argsort(column_row_G)
+        assert column_row_G[order_G].tolist() == row_G.tolist()
+        assert shared[0][step].column_count_G[order_G].tolist() == count_G.tolist()
+        np.testing.assert_array_equal(shared[0][step].column_log_q_G, f.log_q_N[column_row_G.astype(int)])
         for rank in range(workers):
             mine = shared[rank][step]
             if rank >= batch.windows:  # no row left for this worker: the unknown item, and no target
@@ -231,6 +239,7 @@ def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, w
                 continue
             assert told(mine) == whole[rank::workers]
             assert mine.user_B.tolist() == batch.user_B.tolist()[rank::workers]
+            assert column_row_G[mine.target_column_R].tolist() == targets[rank]
 
 
 def test_dropped_conditions_are_about_as_many_as_asked_for_and_leave_watch_times_alone():

@@ -70,6 +70,10 @@ def test_the_first_device_has_the_index_and_collects_the_vectors():
     logits = (4 * 8) * (64 * 8)
     assert sizing.memory["activations"] == pytest.approx(
         4 * 1e6 / 2 + 4 * 1e3 + 4 * logits + 8 * logits + 2 * 64 * 8 * 9 * 4)
+    few = size_up(training(items=100), TRACE, placed("row_wise", 16))  # no more columns than the catalogue has items
+    assert few.memory["activations"] == pytest.approx(
+        4 * 1e6 / 2 + 4 * 1e3 + 12 * (4 * 8 * 101) + 2 * 101 * 9 * 4)
+    assert few.seconds["gather"] == pytest.approx(sizing.seconds["gather"] * 101 / 512)
     assert sizing.left == pytest.approx(DEVICES["h100"].memory_bytes - sum(sizing.memory.values()))
     many = size_up(training(items=2 * 10**9), TRACE, placed("row_wise", 16))
     assert many.left == sizing.left and many.epoch_end_left < 0 and not many.fits

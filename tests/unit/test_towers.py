@@ -363,8 +363,8 @@ def captured(made, batch, monkeypatch):
     """What the loss hands to the softmax."""
     caught = SimpleNamespace()
 
-    def softmax(logits, rows, target, **named):
-        caught.logits, caught.rows, caught.target, caught.named = logits.detach(), rows, target, named
+    def softmax(logits, target, **named):
+        caught.logits, caught.target, caught.named = logits.detach(), target, named
         return logits.sum(), {}
 
     monkeypatch.setattr(trainer.crm, "in_batch_softmax", softmax)
@@ -381,7 +381,10 @@ def test_the_index_ranks_by_the_score_of_the_loss(tower, similarity, temperature
     batch = made.windows(mixed_views(), WindowRule(HISTORY, 3))
     caught = captured(made, batch, monkeypatch)
     target = batch.items.row_U[batch.item_V[batch.read_R]]
-    assert torch.equal(caught.rows, target) and caught.named["total_weight"] == len(target)
+    assert caught.named["total_weight"] == len(target)
+    column, count = target.unique(return_counts=True)
+    assert torch.equal(column[caught.target], target) and torch.equal(caught.named["count_G"], count.float())
+    target = column
     queries, items = made.users(batch), made.items(target.numpy())
     torch.testing.assert_close(queries @ items.T, caught.logits, rtol=1e-4, atol=1e-4)
     log_q_G = torch.from_numpy(made.features.log_q_N)[target]
