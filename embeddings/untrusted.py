@@ -17,7 +17,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,14 @@ def inside(root: Path, relative: str, source: str) -> Path:
 _THROWN = ("histogram size mismatch", "Unencoded byte array data bytes")
 
 
-def open_parquet(source: pa.NativeFile, name: str) -> pq.ParquetFile:
+def open_parquet(source: pa.NativeFile, name: str, groups: Sequence[int] | None = None) -> pq.ParquetFile:
     """A Parquet file whose footer has been looked at before Arrow makes types of it.
 
     Args:
         source: the open file; it is read from its end.
         name: for messages.
+        groups: the row groups that the caller is going to touch, data and metadata; None is all. Who reads a large file
+            piece by piece need not look at all of it for each.
 
     Raises:
         InputError: extension types that are not Arrow's own, or a footer that declares what the file cannot hold.
@@ -150,8 +152,10 @@ def open_parquet(source: pa.NativeFile, name: str) -> pq.ParquetFile:
     file = b"PAR1" + plain + struct.pack("<I", len(plain)) + b"PAR1"
     alone = _opened(pa.BufferReader(file), name)
     metadata = alone.metadata
-    _check_chunks(alone, name)
-    _check_declared(metadata, size, name)
+    there = range(metadata.num_row_groups)
+    groups = there if groups is None else [group for group in groups if group in there]
+    _check_chunks(alone, groups, name)
+    _check_declared(metadata, groups, size, name)
     if (found := footer.count(_ARROW_SCHEMA)) > 1:
         raise InputError(f"{name}: has {found} Arrow schemas where a Parquet file has one")
     if found:
@@ -199,7 +203,7 @@ def _parquet_footer(source: pa.NativeFile, size: int) -> bytes:
     return source.read(length)
 
 
-def _check_chunks(alone: pq.ParquetFile, name: str) -> None:
+def _check_chunks(alone: pq.ParquetFile, groups: Sequence[int], name: str) -> None:
     """Refuse a column's metadata that Arrow throws on: to look at it through Python's `RowGroupMetaData.column` would
     end the process, which has no handler there (pyarrow 26). Reading has one, and comes upon the metadata first.
 
@@ -207,7 +211,7 @@ def _check_chunks(alone: pq.ParquetFile, name: str) -> None:
         alone: the footer without the data, so that nothing can be read.
     """
     columns = alone.metadata.num_columns
-    for group in range(alone.metadata.num_row_groups if columns <= MOST_COLUMNS else 0):
+    for group in groups if columns <= MOST_COLUMNS else ():
         for at in range(columns):
             try:
                 alone.reader.read_row_group(group, column_indices=[at], use_threads=False)
@@ -216,7 +220,7 @@ def _check_chunks(alone: pq.ParquetFile, name: str) -> None:
                     raise InputError(f"{name}: its footer is damaged: {error}") from error
 
 
-def _check_declared(metadata: pq.FileMetaData, size: int, name: str) -> None:
+def _check_declared(metadata: pq.FileMetaData, groups: Sequence[int], size: int, name: str) -> None:
     most_values, most_bytes = ROWS_FLOOR + ROWS_PER_BYTE * size, BYTES_FLOOR + BYTES_PER_BYTE * size
     if metadata.num_columns > MOST_COLUMNS:
         raise InputError(f"{name}: has {metadata.num_columns} columns; at most {MOST_COLUMNS} are read")
@@ -226,7 +230,7 @@ def _check_declared(metadata: pq.FileMetaData, size: int, name: str) -> None:
         if group.num_rows < 0:
             raise InputError(f"{name}: its footer is damaged: a row group of {group.num_rows} rows")
         rows += group.num_rows
-        for at in range(group.num_columns):
+        for at in range(group.num_columns) if number in groups else ():
             column = group.column(at)
             values, plain = column.num_values, column.total_uncompressed_size
             if not (0 <= values <= most_values and 0 <= plain <= most_bytes):

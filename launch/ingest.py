@@ -171,9 +171,9 @@ class _ShardBuffer:
 
     def _by_shard(self, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
         shard = table["shard"].to_numpy()
-        narrow = shard.astype(np.uint16) if self._shards <= 1 << 16 else shard  # sorted by digits, not by comparing
         begin = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=self._shards))])
-        return table.combine_chunks().take(pa.array(np.argsort(narrow, kind="stable"))), begin
+        place = sequences.places(shard, begin)
+        return pa.table({name: sequences.put(table[name].to_numpy(), place) for name in table.column_names}), begin
 
 
 def _read_stream(path: Path) -> pa.Table:
@@ -366,7 +366,7 @@ def write_shard(work: Work, rows: pa.Table) -> None:
         vocabulary, _ = _lookup(str(work.staging))
         summary, duplicates, seen = sequences.write_shard(
             work.staging / "sequences", shard, rows, pieces=work.pieces, vocabulary=vocabulary,
-            utc_offset_h=work.data.utc_offset_h, max_watch_s=work.data.max_watch_s)
+            utc_offset_h=work.data.utc_offset_h)
         if duplicates.num_rows:
             sequences.whole_file(work.staging / "quarantine" / f"part-shard-{shard:05d}.parquet",
                                  lambda path: pq.write_table(duplicates, path))
@@ -460,15 +460,16 @@ def ingest(data: DataConfig, folder: Path | str, executor: Executor, say: Callab
         duration_s_N, unusable = catalogue.durations_by_row(items[0] if items else None, vocabulary)
         catalogue.write_batch(staging / "lookup.arrow", {
             "item_id": np.concatenate([np.zeros(1, np.int64), vocabulary.id_V]), "duration_s": duration_s_N})
-        with _progress(work, say or (lambda line: None)):
+        with _progress(work, say or (lambda line: None)), ThreadPoolExecutor(1) as beside:
+            features = beside.submit(_features, work, items, users, vocabulary)  # while the logs are read
             executor.group(partial(read_piece, work), partial(write_shard, work), pieces, shards, staging / "spill")
         read = _merge_pieces(work)
         summaries = _shard_summaries(work)
-        statistics = sequences.merge_summaries(summaries, data.utc_offset_h, data.max_watch_s)
+        statistics = sequences.merge_summaries(summaries, data.utc_offset_h)
         statistics |= _counted(read, statistics, len(vocabulary), items, users, unusable)
         _publish_quarantine(staging, target.parent / "quarantine")
         _check_rows(data, read, statistics, target.parent / "quarantine")
-        statistics["catalogue_notes"] |= _write_features(work, items, users, vocabulary, duration_s_N)
+        statistics["catalogue_notes"] |= _write_catalogue(work, features.result(), duration_s_N)
         statistics["warnings"] = _warnings(data, statistics)
         manifest = {"kind": "sequences", "format": FORMAT, "shards": shards, "utc_offset_h": data.utc_offset_h,
                     "watermark_ms": statistics["last_timestamp_ms"] + 1, "feedback": data.feedback,
@@ -599,7 +600,7 @@ def _shard_summaries(work: Work) -> list[sequences.ShardSummary]:
             empty = sequences.empty_rows(work.data.session is not None, work.data.feedback)
         summary, _, _ = sequences.write_shard(
             work.staging / "sequences", shard, empty, pieces=work.pieces, vocabulary=Vocabulary(np.zeros(0, np.int64)),
-            utc_offset_h=work.data.utc_offset_h, max_watch_s=work.data.max_watch_s)
+            utc_offset_h=work.data.utc_offset_h)
         summaries.append(summary)
     return summaries
 
@@ -659,20 +660,26 @@ def _check_rows(data: DataConfig, read: PieceSummary, statistics: dict, quaranti
                              "Name another column.")
 
 
-def _write_features(work: Work, items, users, vocabulary: Vocabulary, duration_s_N: np.ndarray) -> dict[str, int]:
-    first_seen_ms_N = np.full(vocabulary.rows, catalogue.NEVER_SEEN_MS, np.int64)
-    longest_s_N = np.full(vocabulary.rows, np.nan, np.float32)
+def _features(work: Work, items, users, vocabulary: Vocabulary) -> catalogue.CatalogueColumns:
+    """Writes `users.arrow` and the vocabularies of both tables' columns."""
+    into = work.staging / "sequences"
+    if users is not None:
+        catalogue.write_users(into, users[0], work.data.user_categories)
+    return catalogue.catalogue_columns(into, items[0] if items else None, vocabulary, work.data.item_categories)
+
+
+def _write_catalogue(work: Work, features: catalogue.CatalogueColumns, duration_s_N: np.ndarray) -> dict[str, int]:
+    """Writes `catalogue.arrow` with what the shards tell of its items; what was set right in it."""
+    first_seen_ms_N = np.full(len(duration_s_N), catalogue.NEVER_SEEN_MS, np.int64)
+    longest_s_N = np.full(len(duration_s_N), np.nan, np.float32)
     for path in sorted((work.staging / "partials").glob("shard-*.parquet")):
         seen = pq.read_table(path)
         row = seen["item_row"].to_numpy()
         first_seen_ms_N[row] = np.minimum(first_seen_ms_N[row], seen["first_seen_ms"].to_numpy())
         longest_s_N[row] = np.fmax(longest_s_N[row], seen["longest_duration_s"].to_numpy())
-    duration_s_N = np.where(np.isnan(duration_s_N), longest_s_N, duration_s_N)
-    into = work.staging / "sequences"
-    if users is not None:
-        catalogue.write_users(into, users[0], work.data.user_categories)
-    return catalogue.write_catalogue(into, items[0] if items else None, vocabulary, duration_s_N, first_seen_ms_N,
-                                     work.data.item_categories)
+    features.write(work.staging / "sequences", np.where(np.isnan(duration_s_N), longest_s_N, duration_s_N),
+                   first_seen_ms_N)
+    return features.notes
 
 
 def _warnings(data: DataConfig, statistics: dict) -> list[str]:

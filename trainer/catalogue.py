@@ -49,7 +49,7 @@ def duration_buckets(duration_s: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ reading the tables
 
 def read_items(data: DataConfig) -> tuple[pa.Table, dict[str, int]] | None:
-    """The catalogue as the files have it, one row an item, in our names, sorted by id; None where there is none.
+    """The catalogue as the files have it, one row an item, in our names; None where there is none.
 
     Columns: item_id int64, author_id, tags, duration_s float32, content_vector list<float32> (each only where the files
     have it) and the categorical columns of data.item_categories.
@@ -139,23 +139,24 @@ def _as_ours(column: pa.ChunkedArray, wanted: Wanted, source: str) -> pa.Array |
 
 
 def one_row_each(table: pa.Table, key: str, data: DataConfig, location: str) -> tuple[pa.Table, dict[str, int]]:
-    """The table sorted by its id, without null ids and the repeats of an id, and how many rows those were.
+    """The table without null ids and the repeats of an id (its first row stays), and how many rows those were.
 
     Raises:
         InputError: if there are no rows, or these are more than data.max_bad_share.
     """
     if table.num_rows == 0:
         raise InputError(f"{location}: has no rows. Leave it out, or name the file that has them.")
-    present = table.filter(pc.is_valid(table[key]))
+    present = table.filter(pc.is_valid(table[key])) if table[key].null_count else table
     ids = present[key].to_numpy()
-    _, first = np.unique(ids, return_index=True)  # the first row of an id, in the order of the ids
-    notes = {f"null_{key}": table.num_rows - present.num_rows, f"repeated_{key}": len(ids) - len(first)}
+    first = None if (ids[1:] > ids[:-1]).all() else np.sort(np.unique(ids, return_index=True)[1])
+    repeated = 0 if first is None else len(ids) - len(first)
+    notes = {f"null_{key}": table.num_rows - present.num_rows, f"repeated_{key}": repeated}
     bad = sum(notes.values())
     if bad > data.max_bad_share * table.num_rows:
         raise InputError(f"{location}: {notes[f'null_{key}']} rows have no {key} and {notes[f'repeated_{key}']} repeat "
                          f"one, of {table.num_rows}; data.max_bad_share allows {data.max_bad_share:.2%}. Write one row "
                          f"for each {key}, or raise data.max_bad_share (the first row of an id is taken).")
-    return present.take(pa.array(first)), {name: n for name, n in notes.items() if n}
+    return present.take(pa.array(first)) if repeated else present, {name: n for name, n in notes.items() if n}
 
 
 # ------------------------------------------------------------------------------------------------ writing by row
@@ -175,12 +176,26 @@ def durations_by_row(items: pa.Table | None, vocabulary: Vocabulary) -> tuple[np
     return duration_N, int((~usable).sum()) - items["duration_s"].null_count
 
 
-def write_catalogue(folder: Path, items: pa.Table | None, vocabulary: Vocabulary, duration_s_N: np.ndarray,
-                    first_seen_ms_N: np.ndarray, categories: list[str]) -> dict[str, int]:
-    """Write `catalogue.arrow` and the vocabularies of its columns.
+@dataclass(frozen=True)
+class CatalogueColumns:
+    """What the items table alone tells of `catalogue.arrow`, by vocabulary row, before the logs are read.
 
-    Returns:
-        What was set right: {"unusable_content_vectors": items}, where a vector is not finite.
+    notes: what was set right: {"unusable_content_vectors": items}, where a vector is not finite.
+    """
+
+    columns: dict[str, np.ndarray | pa.Array]
+    notes: dict[str, int]
+
+    def write(self, folder: Path, duration_s_N: np.ndarray, first_seen_ms_N: np.ndarray) -> None:
+        """Write `catalogue.arrow`, with what the logs tell: float32 seconds (NaN: unknown), int64 milliseconds."""
+        write_batch(folder / "catalogue.arrow", self.columns | {
+            "duration_s": duration_s_N.astype(np.float32), "duration_bucket": duration_buckets(duration_s_N),
+            "first_seen_ms": first_seen_ms_N.astype(np.int64)})
+
+
+def catalogue_columns(folder: Path, items: pa.Table | None, vocabulary: Vocabulary, categories: list[str]
+                      ) -> CatalogueColumns:
+    """The catalogue by vocabulary row; writes the vocabularies of its columns.
 
     Raises:
         InputError: if content vectors differ in width.
@@ -202,7 +217,6 @@ def write_catalogue(folder: Path, items: pa.Table | None, vocabulary: Vocabulary
         columns["author_row"] = spread(author_row, np.int32)
         _save_values(folder, "authors", authors)
     columns["tag_rows"] = _tags(folder, items, at, rows)
-    columns |= {"duration_s": duration_s_N.astype(np.float32), "duration_bucket": duration_buckets(duration_s_N)}
     content_NC, unusable = _content(items, at, rows)
     columns["has_content"] = np.zeros(rows, np.uint8)
     if content_NC is not None:
@@ -214,9 +228,7 @@ def write_catalogue(folder: Path, items: pa.Table | None, vocabulary: Vocabulary
         value_row, values = rows_of_values(items[name])
         columns[f"category_{name}"] = spread(value_row, np.int32)
         _save_values(folder, f"category_{name}", values)
-    columns["first_seen_ms"] = first_seen_ms_N.astype(np.int64)
-    write_batch(folder / "catalogue.arrow", columns)
-    return notes
+    return CatalogueColumns(columns, notes)
 
 
 def _tags(folder: Path, items: pa.Table | None, at: np.ndarray, rows: int) -> pa.Array:
@@ -224,8 +236,10 @@ def _tags(folder: Path, items: pa.Table | None, at: np.ndarray, rows: int) -> pa
     tag_rows = np.zeros(0, np.int32)
     if items is not None and "tags" in items.column_names:
         lists = _one_array(items["tags"])
+        if (at[1:] < at[:-1]).any():  # the tags stand in the order of the items' rows
+            order = np.argsort(at)
+            lists, at = lists.take(pa.array(order)), at[order]
         tag_rows, values = rows_of_values(lists.flatten())
-        # The items' rows rise with their ids, as the lists do: the tags are in the order of the rows already.
         length_N[at] = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
         _save_values(folder, "tags", values)
     offset_N1 = np.concatenate([[0], np.cumsum(length_N)])
@@ -255,6 +269,7 @@ def _content(items: pa.Table | None, at: np.ndarray, rows: int) -> tuple[np.ndar
 
 def write_users(folder: Path, users: pa.Table, categories: list[str]) -> None:
     """Write `users.arrow`, sorted by user_id, and the vocabularies of its columns."""
+    users = users.sort_by("user_id")
     columns = {"user_id": users["user_id"].to_numpy()}
     for name in categories:
         columns[f"category_{name}"], values = rows_of_values(users[name])

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -354,7 +355,7 @@ def read_parquet_piece(piece: Piece, wanted: list[Wanted]) -> Iterator[tuple[int
     """
     try:
         with piece.file.open() as handle:
-            parquet = open_parquet(handle, piece.source)
+            parquet = open_parquet(handle, piece.source, range(piece.start, piece.stop))
             present = [w for w in wanted if w.column in parquet.schema_arrow.names]
             batches = parquet.iter_batches(BATCH_ROWS, row_groups=list(range(piece.start, piece.stop)),
                                            columns=list(dict.fromkeys(w.column for w in present)))
@@ -394,52 +395,79 @@ def clean(batch: pa.Table, first_row: int, order: int, source: str, data: DataCo
     Returns:
         `rows` has user_id, order and the columns of `sequences.event_schema`, without nulls.
     """
-    size = batch.num_rows
     user_B, no_user_B = _values(batch["user_id"], 0, np.int64)
     item_B, no_item_B = _values(batch["item_id"], 0, np.int64)
     time_B, no_time_B = _values(batch["timestamp_ms"], 0, np.int64)
     watch_B, no_watch_B = _values(batch["watch_time_s"], 0.0, np.float64)
     row_B = vocabulary.rows_of(item_B)
-    finite_B = np.isfinite(watch_B)
-    tests = [no_user_B, no_item_B, no_time_B, time_B < 0, (time_B < FIRST_UNIX_MS) | (time_B >= LAST_UNIX_MS),
-             finite_B & (watch_B < 0), ~finite_B, watch_B > data.max_watch_s, row_B == 0]
-    reason_B = np.full(size, -1, np.int8)
-    for code in reversed(range(len(tests))):
-        reason_B[tests[code]] = code
-    keep_B = reason_B < 0
-    counts = {REASONS[c]: int(n) for c, n in enumerate(np.bincount(reason_B[~keep_B], minlength=len(tests))) if n}
+    reason_B = np.empty(batch.num_rows, np.int8)
+    bad = _find_reasons(no_user_B, no_item_B, no_time_B, time_B, watch_B, row_B, FIRST_UNIX_MS, LAST_UNIX_MS,
+                        float(data.max_watch_s), reason_B)
+    # Most batches are all good, and then nothing is gathered.
+    keep = np.flatnonzero(reason_B < 0) if bad else slice(None)
+    counts = {REASONS[c]: int(n) for c, n in enumerate(np.bincount(reason_B[reason_B >= 0])) if n} if bad else {}
 
-    def kept(name: str, null, dtype) -> tuple[np.ndarray, np.ndarray]:
+    def kept(name: str, null, dtype) -> tuple[np.ndarray, int]:
         values_B, null_B = _values(batch[name], null, dtype)
-        return values_B[keep_B], null_B[keep_B]
+        return values_B[keep], int(np.count_nonzero(null_B[keep]))
 
     with np.errstate(over="ignore"):
-        watch = np.where(no_watch_B, np.nan, watch_B)[keep_B].astype(np.float32) + np.float32(0)
-        duration, unusable = _durations(batch, keep_B)
-    item_row = row_B[keep_B]
-    duration = np.where(np.isnan(duration), duration_s_N[item_row], duration)
+        watch = watch_B[keep].astype(np.float32)
+        watch += np.float32(0)  # of zeros one sign
+        watch[no_watch_B[keep]] = np.nan
+        duration, unusable = _durations(batch, keep, len(watch))
+    item_row = row_B[keep]
+    without = np.flatnonzero(np.isnan(duration))
+    duration[without] = duration_s_N[item_row[without]]
     notes = {"unusable_durations": unusable}
-    columns = {"user_id": user_B[keep_B], "order": order + np.flatnonzero(keep_B), "item_row": item_row,
-               "timestamp_ms": time_B[keep_B], "watch_time_s": watch, "duration_s": duration}
+    columns = {"user_id": user_B[keep], "order": order + (keep if bad else np.arange(len(watch))), "item_row": item_row,
+               "timestamp_ms": time_B[keep], "watch_time_s": watch, "duration_s": duration}
     for name, rule in (("is_effective", data.effective_view), ("is_target", data.target or data.effective_view)):
         source_name = name if rule is not data.effective_view else "is_effective"
         if rule.column is None:
             columns[name] = views_that_count(watch, duration, rule)
         else:
-            flag, null = kept(source_name, 0, np.uint8)
-            columns[name] = flag
-            notes[f"null_{source_name}"] = int(null.sum())
+            columns[name], notes[f"null_{source_name}"] = kept(source_name, 0, np.uint8)
     columns["is_ordinal"] = np.zeros(len(item_row), np.uint8)
     if "is_ordinal" in batch.column_names:
-        columns["is_ordinal"], null = kept("is_ordinal", 0, np.uint8)
-        notes["null_is_ordinal"] = int(null.sum())
+        columns["is_ordinal"], notes["null_is_ordinal"] = kept("is_ordinal", 0, np.uint8)
     if "session" in batch.column_names:
-        columns["session"], null = kept("session", NULL_SESSION, np.int64)
-        notes["null_session"] = int(null.sum())
+        columns["session"], notes["null_session"] = kept("session", NULL_SESSION, np.int64)
     for name in data.feedback:
         columns[f"feedback_{name}"] = kept(f"feedback_{name}", -1, np.int8)[0]
-    return CleanBatch(pa.table(columns), _quarantined(batch, reason_B, first_row, source), counts,
-                      {name: n for name, n in notes.items() if n})
+    return CleanBatch(pa.table(columns), _quarantined(batch, reason_B, first_row, source) if bad
+                      else QUARANTINE_SCHEMA.empty_table(), counts, {name: n for name, n in notes.items() if n})
+
+
+@numba.njit(cache=True, nogil=True)
+def _find_reasons(no_user_B, no_item_B, no_time_B, time_B, watch_B, row_B, first_ms, last_ms, max_watch_s, reason_B
+                  ):  # pragma: no cover - compiled
+    """Writes the place in REASONS of why a row is bad, -1 where it is not; how many are bad."""
+    bad = 0
+    for b in range(len(reason_B)):
+        if no_user_B[b]:
+            reason = 0
+        elif no_item_B[b]:
+            reason = 1
+        elif no_time_B[b]:
+            reason = 2
+        elif time_B[b] < 0:
+            reason = 3
+        elif time_B[b] < first_ms or time_B[b] >= last_ms:
+            reason = 4
+        elif not np.isfinite(watch_B[b]):
+            reason = 6
+        elif watch_B[b] < 0:
+            reason = 5
+        elif watch_B[b] > max_watch_s:
+            reason = 7
+        elif row_B[b] == 0:
+            reason = 8
+        else:
+            reason = -1
+        reason_B[b] = reason
+        bad += reason >= 0
+    return bad
 
 
 def views_that_count(watch_s: np.ndarray, duration_s: np.ndarray, rule: ViewRule) -> np.ndarray:
@@ -451,14 +479,14 @@ def views_that_count(watch_s: np.ndarray, duration_s: np.ndarray, rule: ViewRule
         return ((watch_s >= np.float32(rule.min_watch_s)) | (watch_s >= duration_s)).astype(np.uint8)
 
 
-def _durations(batch: pa.Table, keep_B: np.ndarray) -> tuple[np.ndarray, int]:
+def _durations(batch: pa.Table, keep, kept: int) -> tuple[np.ndarray, int]:
     if "duration_s" not in batch.column_names:
-        return np.full(int(keep_B.sum()), np.nan, np.float32), 0
+        return np.full(kept, np.nan, np.float32), 0
     values_B, null_B = _values(batch["duration_s"], np.nan, np.float64)
-    duration = values_B[keep_B].astype(np.float32)
+    duration = values_B[keep].astype(np.float32)
     unusable = ~(np.isfinite(duration) & (duration > 0))
     duration[unusable] = np.nan
-    return duration, int((unusable & ~null_B[keep_B]).sum())
+    return duration, int(np.count_nonzero(unusable & ~null_B[keep]))
 
 
 def _values(column: pa.ChunkedArray, null, dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,8 @@ class Vocabulary:
         """Args:
             id_V: int64 ids, in any order, repeats allowed.
         """
-        self.id_V = np.unique(np.asarray(id_V, np.int64))
+        id_V = np.asarray(id_V, np.int64)
+        self.id_V = id_V if (id_V[1:] > id_V[:-1]).all() else np.unique(id_V)
         self._row_of: np.ndarray | None = None
         self._first_of: np.ndarray | None = None
 

@@ -191,7 +191,8 @@ def read_items(folder: Path) -> str:
     into = folder / "catalogue"
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir()
-    catalogue.write_catalogue(into, table, vocabulary, duration_N, np.zeros(vocabulary.rows, np.int64), ["kind"])
+    columns = catalogue.catalogue_columns(into, table, vocabulary, ["kind"])
+    columns.write(into, duration_N, np.zeros(vocabulary.rows, np.int64))
     found = catalogue.Catalogue.open(into, vocabulary.rows)
     assert found.content_NC is None or np.isfinite(found.content_NC).all()
     return f"{len(found.item_id_N)} rows"

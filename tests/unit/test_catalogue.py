@@ -12,10 +12,10 @@ from trainer.catalogue import (
     DURATION_BUCKETS,
     NEVER_SEEN_MS,
     Catalogue,
+    catalogue_columns,
     duration_buckets,
     read_items,
     read_users,
-    write_catalogue,
     write_users,
 )
 from trainer.catalogue import UserFeatures as Users
@@ -37,9 +37,9 @@ def items_of(tmp_path, columns, **config):
 def written(tmp_path, columns, vocabulary, categories=("kind", "live")):
     items, _ = items_of(tmp_path, columns, item_categories=list(categories))
     size = vocabulary.rows
-    notes = write_catalogue(tmp_path, items, vocabulary, np.full(size, np.nan, np.float32),
-                            np.full(size, NEVER_SEEN_MS), list(categories))
-    return Catalogue.open(tmp_path), notes
+    columns = catalogue_columns(tmp_path, items, vocabulary, list(categories))
+    columns.write(tmp_path, np.full(size, np.nan, np.float32), np.full(size, NEVER_SEEN_MS))
+    return Catalogue.open(tmp_path), columns.notes
 
 
 def names(folder, name):
@@ -107,7 +107,7 @@ def test_wrong_catalogues(tmp_path, change, message):
 def test_repeated_ids_within_the_share_are_counted_and_the_first_is_taken(tmp_path):
     items, notes = items_of(tmp_path, {"item_id": [5, 4, 5], "duration_s": [1.0, 2.0, 3.0]}, max_bad_share=0.5)
     assert notes == {"repeated_item_id": 1}
-    assert items.to_pylist() == [{"item_id": 4, "duration_s": 2.0}, {"item_id": 5, "duration_s": 1.0}]
+    assert items.to_pylist() == [{"item_id": 5, "duration_s": 1.0}, {"item_id": 4, "duration_s": 2.0}]
 
 
 def test_vectors_of_two_widths(tmp_path):

@@ -1,6 +1,7 @@
 """Sequences against a plain sort of the same rows, and the split."""
 
 import gc
+import itertools
 import tempfile
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from configs.errors import InputError
 from configs.schema import Config, DataConfig, SplitConfig
 from launch.ingest import SerialExecutor, ingest
-from trainer.sequences import SequenceStore, _order_of, is_test_user, shard_of, split_times, user_hash
+from trainer.sequences import SequenceStore, is_test_user, order_of, shard_of, split_times, user_hash
 
 T0 = 1_650_000_000_000
 DAY_MS = 86_400_000
@@ -264,4 +265,7 @@ def test_the_999_permille_of_an_ingested_log(tmp_path):
                 max_size=60))
 def test_rows_by_user_are_in_the_order_they_came(ids):
     user = np.array(ids, np.int64)
-    np.testing.assert_array_equal(_order_of(user), np.argsort(user, kind="stable"))
+    at, bounds = order_of(user)
+    np.testing.assert_array_equal(at, np.argsort(user, kind="stable"))
+    assert [user[at[begin:end]].tolist() for begin, end in itertools.pairwise(bounds)] == [
+        [one] * ids.count(one) for one in sorted(set(ids))]

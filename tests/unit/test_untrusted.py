@@ -158,7 +158,8 @@ print("plain pyarrow", os.path.exists({str(planted)!r}))
 def footer_of(table: pa.Table, size: int) -> None:
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    untrusted._check_declared(pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata, size, "x.parquet")
+    metadata = pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata
+    untrusted._check_declared(metadata, range(metadata.num_row_groups), size, "x.parquet")
 
 
 def test_a_small_file_cannot_declare_a_large_table(monkeypatch):
@@ -168,6 +169,17 @@ def test_a_small_file_cannot_declare_a_large_table(monkeypatch):
         footer_of(pa.table({"a": np.zeros(300_000, np.int64)}), 500)
     with pytest.raises(InputError, match="20001 columns"):
         footer_of(pa.table({f"c{n}": pa.array([], pa.int8()) for n in range(20_001)}), 10**9)
+
+
+def test_who_reads_some_row_groups_is_answered_for_those(monkeypatch):
+    sink, looked_at = pa.BufferOutputStream(), []
+    pq.write_table(pa.table({"a": np.arange(40), "b": np.arange(40)}), sink, row_group_size=10)
+    monkeypatch.setattr(untrusted, "_check_chunks", lambda alone, groups, name: looked_at.append(list(groups)))
+    file = open_parquet(pa.BufferReader(sink.getvalue()), "a.parquet", range(1, 3))
+    assert file.read_row_group(2)["a"].to_pylist() == list(range(20, 30))
+    open_parquet(pa.BufferReader(sink.getvalue()), "a.parquet")
+    open_parquet(pa.BufferReader(sink.getvalue()), "a.parquet", range(3, 6))  # of a file that is shorter by now
+    assert looked_at == [[1, 2], [0, 1, 2, 3], [3]]
 
 
 def test_a_footer_that_arrow_throws_on_is_refused(tmp_path):
