@@ -143,6 +143,7 @@ class ShardedTables(nn.Module):
         self.device = device
         self.process_group = process_group if process_group is not None else dist.group.WORLD
         self._feature_order: list[str] | None = None
+        self._is_laid_out = False  # TorchRec fixes the order of the features at its first lookup
         self._rows = {spec.name: spec.rows for spec in specs}
         self._learning_rate = learning_rate
         exchange.keep_time()
@@ -171,14 +172,18 @@ class ShardedTables(nn.Module):
         """
         return self.begin(features).rows()
 
-    def begin(self, features: KeyedJaggedTensor) -> "Lookup":
+    def begin(self, features: KeyedJaggedTensor) -> "Lookup | LocalLookup":
         """Sends the ids on their way, for rows that are wanted later; `forward` in two halves. Collective.
 
         The ids of the next batch travel while this one is computed: three of the five collectives of a lookup then
         cost no waiting. The rows are read when `Lookup.rows` is called, so they are as fresh as those of `forward`.
         """
         self._check_features(features)
-        return Lookup(self._collection, features, [spec.name for spec in self.specs])
+        names = [spec.name for spec in self.specs]
+        if self.world_size == 1 and self._is_laid_out:
+            return LocalLookup(self._collection, features, names)
+        self._is_laid_out = True
+        return Lookup(self._collection, features, names)
 
     @property
     def learning_rate(self) -> float:
@@ -322,6 +327,28 @@ class Lookup:
             ids = self._ids.wait()
         looked_up = self._collection.compute_and_output_dist(self._context, ids).wait()
         return {name: looked_up[name].values() for name in self._names}
+
+
+class LocalLookup:
+    """A lookup of the one worker there is: TorchRec's kernels by themselves. Its way for several workers, contexts and
+    futures included, takes longer than the lookup where nothing has to travel (docs/experiments.md)."""
+
+    def __init__(self, collection, features: KeyedJaggedTensor, names: list[str]):
+        self._collection, self._features, self._names = collection, features, names
+
+    def send(self) -> None:
+        """Nothing is sent."""
+
+    def rows(self) -> dict[str, Tensor]:
+        """What `ShardedTables.forward` returns; once."""
+        collection, features = self._collection, self._features
+        if collection._features_order:
+            features = features.permute(collection._features_order, collection._features_order_tensor)
+        looked_up: dict[str, Tensor] = {}
+        for lookup, part in zip(collection._lookups, features.split(collection._feature_splits), strict=True):
+            rows = lookup(part).view(-1, collection._embedding_dim)
+            looked_up.update(zip(part.keys(), rows.split(part.length_per_key()), strict=True))
+        return {name: looked_up[name] for name in self._names}
 
 
 def gather_full(tables: ShardedTables, kind: StateKind = "weight") -> dict[str, Tensor]:
