@@ -36,26 +36,23 @@ from typing import Any, BinaryIO
 import numba
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs.errors import InputError, WatchtowerError
 from configs.schema import Config, ReplayConfig
 from embeddings import elsewhere
 from embeddings.snapshots import read_manifest, verify_file
 from embeddings.untrusted import read_parquet, whole_column
+from trainer.fixed_lists import FixedListWriter
 from trainer.neighbors import ChannelSnapshots
-from trainer.replay import rewards_ms, states_of, unique_counts, unique_share
+from trainer.replay import EPSILON, rewards_ms, states_of, unique_counts, unique_share
 from trainer.sequences import MOST_SHARDS, SequenceStore, whole_file
 from trainer.triggers import RequestRule, TriggerRequests, is_future_view, is_routing_test_user, trigger_requests
 
 FORMAT = 1  # of the labels folder
 LOW_BITS = 16  # of a forward value in ms: a bin of the first pass is 65.5 s wide
-ROW_GROUP = 131_072
 LISTS = {"reward": pa.float64(), "intensity": pa.float32(), "label": pa.bool_(), "uniqueness": pa.float32()}
 PLAIN = {"request_id": pa.int64(), "user_id": pa.int64(), "request_time_ms": pa.int64(), "trigger_item_id": pa.int64(),
          "position": pa.int32()}
-# A dictionary costs more than it saves: a column repeats itself from row to row, which LZ4 sees by itself.
-WRITTEN = {"compression": "lz4", "use_dictionary": False, "write_statistics": list(PLAIN)}
 TRIGGERS_AT_ONCE = 500_000  # of a shard: about 100 bytes each in memory
 MOST_BINS = 1 << 22  # of a count by value; more are sorted
 
@@ -251,13 +248,13 @@ class Scales:
     cap: list[float]
     eta: float
 
-    def intensity(self, reward_ms_TC: np.ndarray) -> np.ndarray:
-        """float32 i_c of Eq. 4."""
-        return np.minimum(reward_ms_TC / 1000 / np.array(self.scale_s), np.array(self.cap)).astype(np.float32)
+    def least_ms(self) -> np.ndarray:
+        """int64 (C,), tau_c in whole milliseconds: Eq. 5 compares these."""
+        return np.rint(1000 * np.array(self.tau_s)).astype(np.int64)
 
     def label(self, reward_ms_TC: np.ndarray) -> np.ndarray:
-        """bool y_c of Eq. 5, compared in whole milliseconds."""
-        return reward_ms_TC >= np.rint(1000 * np.array(self.tau_s)).astype(np.int64)
+        """bool y_c of Eq. 5."""
+        return reward_ms_TC >= self.least_ms()
 
 
 def scales_of(counts: LabelCounts, replay: ReplayConfig, folder: Path, shards: int) -> list[Scales]:
@@ -346,45 +343,46 @@ def write_part(number: int, folder: Path, into: Path, windows: Sequence[int], sc
         place.mkdir(parents=True, exist_ok=True)
 
         def write(path: Path, at: int = at, scale: Scales = scale, positive_C: np.ndarray = positive_C) -> None:
-            with pq.ParquetWriter(path, _schema(len(scale.cap)), **WRITTEN) as writer:
+            with open(path, "wb") as file:
+                writer = FixedListWriter(file, _schema(len(scale.cap)))
                 for part in replayed(folder, number):
-                    table, label_TC = _labelled(part, at, scale)
-                    positive_C += np.count_nonzero(label_TC, axis=0)
-                    writer.write_table(table, ROW_GROUP)
+                    writer.write(_labelled(part, at, scale, positive_C))
+                writer.close()
 
         whole_file(place / f"part-{number:05d}.parquet", write)
         positive_WC.append(positive_C.tolist())
     whole_file(folder / f"positive-{number:05d}.json", lambda path: path.write_text(json.dumps(positive_WC)))
 
 
-def _labelled(part: Replayed, window: int, scale: Scales) -> tuple[pa.Table, np.ndarray]:
-    """The rows of a part for one of the windows; and their labels, bool (T, C)."""
-    reward_ms_TC = part.reward_ms_WTC[window].astype(np.int64)
-    plain = [*(np.repeat(values_R, part.triggers_R) for values_R in (part.request_id_R, part.user_id_R,
-                                                                     part.time_ms_R)),
-             part.item_id_T, part.position_T]
-    label_TC = scale.label(reward_ms_TC)
-    lists = [reward_ms_TC / 1000, scale.intensity(reward_ms_TC), label_TC,
-             unique_share(part.unique_TC, part.length_TC)]
-    table = pa.table([*(pa.array(values, kind) for values, kind in zip(plain, PLAIN.values(), strict=True)),
-                      *(_fixed(values, kind) for values, kind in zip(lists, LISTS.values(), strict=True))],
-                     schema=_schema(len(scale.cap)))
-    return table, label_TC
+def _labelled(part: Replayed, window: int, scale: Scales, positive_C: np.ndarray) -> list[np.ndarray]:
+    """The columns of a part for one of the windows; how many labels are true is added to int64 (C,) positive_C."""
+    shape = part.unique_TC.shape
+    lists = [np.empty(shape, kind) for kind in (np.float64, np.float32, np.bool_, np.float32)]
+    _label(part.reward_ms_WTC[window], part.unique_TC, part.length_TC, np.array(scale.scale_s), np.array(scale.cap),
+           scale.least_ms(), *lists, positive_C)
+    return [*(np.repeat(values_R, part.triggers_R) for values_R in (part.request_id_R, part.user_id_R,
+                                                                    part.time_ms_R)),
+            part.item_id_T, part.position_T, *lists]
+
+
+@numba.njit(cache=True, nogil=True)
+def _label(reward_ms_TC, unique_TC, length_TC, scale_s_C, cap_C, least_ms_C, reward_TC, intensity_TC, label_TC,
+           uniqueness_TC, positive_C):  # pragma: no cover - compiled
+    """Eq. 4, Eq. 5 and Eq. 11 (`unique_share`) of each trigger and channel, in one pass."""
+    for t in range(len(reward_ms_TC)):
+        for c in range(len(cap_C)):
+            reward_ms = np.int64(reward_ms_TC[t, c])
+            reward_TC[t, c] = reward_ms / 1000
+            intensity_TC[t, c] = np.float32(min(reward_ms / 1000 / scale_s_C[c], cap_C[c]))
+            label_TC[t, c] = reward_ms >= least_ms_C[c]
+            positive_C[c] += reward_ms >= least_ms_C[c]
+            uniqueness_TC[t, c] = np.float32(np.int64(unique_TC[t, c]) / (np.int64(length_TC[t, c]) + EPSILON))
 
 
 def _schema(channels: int) -> pa.Schema:
-    """Nothing is null, and Parquet, which is told so, has a fifth less to write."""
-    return pa.schema([*(pa.field(name, kind, nullable=False) for name, kind in PLAIN.items()),
-                      *(pa.field(name, _list_of(kind, channels), nullable=False) for name, kind in LISTS.items())])
-
-
-def _list_of(kind: pa.DataType, channels: int) -> pa.DataType:
-    return pa.list_(pa.field("element", kind, nullable=False), channels)
-
-
-def _fixed(values_TC: np.ndarray, kind: pa.DataType) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values_TC).ravel(), kind),
-                                             type=_list_of(kind, values_TC.shape[1]))
+    """Nothing is null."""
+    lists = {name: pa.list_(pa.field("element", kind, nullable=False), channels) for name, kind in LISTS.items()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in (PLAIN | lists).items()])
 
 
 def labels_manifest(config: Config, counts: LabelCounts, scales: Sequence[Scales], channels: Sequence[str],
