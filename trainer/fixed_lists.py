@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
@@ -132,6 +133,7 @@ class FixedListWriter:
         return len(header) + len(body)
 
 
+@lru_cache(maxsize=8)  # pages are of one size, but for the last ones
 def _levels(rows: int, width: int) -> bytes:
     """Repetition levels, 0 where a list begins and 1 within it, and definition levels, 1 all along."""
     count = rows * width

@@ -36,6 +36,7 @@ from trainer.sequences import SequenceShard
 from trainer.triggers import TriggerRequests
 
 EPSILON = 1e-6  # eps of Eq. 11
+ROOM_A_GROUP = 32  # hits of a trigger list that room is taken for at first
 MOST_KEPT = 1 << 23  # items x channels whose counts are found for all and kept: 64 MiB, four times while in the making
 ROWS_AT_ONCE = 16_384  # items whose lists of all channels are compared at once
 
@@ -146,13 +147,16 @@ def replay(views: CountedViews, requests: TriggerRequests, low_RK: np.ndarray, h
     sum_KTC, count_KTC = np.zeros(shape_KTC, np.int64), np.zeros((is_counted * shape_KTC[0], *shape_KTC[1:]), np.int32)
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
         low_U, high_U = groups.bounds(low_RK, high_RK)
-        found = [_find(views.row_V, views.watch_ms_V, low_U, high_U, groups.row_G, groups.first_U1, lists.offset_N1,
-                       lists.neighbor_L, int(lists.length_N.max(initial=0))) for lists in snapshots.lists_of(state_C)]
-        begin_C = np.cumsum([0, *(len(view_H) for _, view_H, _ in found[:-1])])
-        begin_G1C = np.stack([begin_G1 for begin_G1, _, _ in found], axis=1) + begin_C
+        # Room that nothing was written to costs nothing, and what grows is copied and made room for again and again.
+        room, held = ROOM_A_GROUP * len(groups.row_G) * shape_KTC[2], 0
+        view_H, before_H = np.empty(room, np.int32), np.empty(room + shape_KTC[2], np.int64)
+        begin_G1C = np.empty((len(groups.row_G) + 1, shape_KTC[2]), np.int64)
+        for channel, lists in enumerate(snapshots.lists_of(state_C)):
+            view_H, before_H, held = _find(
+                views.row_V, views.watch_ms_V, low_U, high_U, groups.row_G, groups.first_U1, lists.offset_N1,
+                lists.neighbor_L, int(lists.length_N.max(initial=0)), channel, begin_G1C, view_H, before_H, held)
         _answer(low_RK, high_RK, low_U, groups.request_T, groups.at_T, groups.begin_G1, groups.first_U1, begin_G1C,
-                np.concatenate([view_H for _, view_H, _ in found]),
-                np.concatenate([before_H1 for _, _, before_H1 in found]), sum_KTC, count_KTC)
+                view_H, before_H, sum_KTC, count_KTC)
     return sum_KTC, count_KTC
 
 
@@ -389,6 +393,13 @@ def _bounds(low_RK, high_RK, request_T, at_T, begin_U1):  # pragma: no cover - c
 # A user's views are looked up by item in an open hash table: key_S the item row (0 free), head_S its first view, and
 # next_V the next view of the same item. Views count from the user's lowest one.
 
+# A bit's place: the bit times a De Bruijn sequence has at its top six bits that no other bit has there.
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+_BIT_OF = np.zeros(64, np.int32)
+for _bit in range(64):
+    _BIT_OF[(1 << _bit) * int(_DE_BRUIJN) % 2**64 >> 58] = _bit
+
+
 @numba.njit(cache=True, nogil=True)
 def _slot(key_S, mask, row):  # pragma: no cover - compiled
     """The slot of an item, or the free one where it would go. Unsigned, so that no index can count from the end."""
@@ -456,6 +467,26 @@ def _sort(values, begin, end):  # pragma: no cover - compiled
 
 
 @numba.njit(cache=True, nogil=True)
+def _sort_distinct(values, begin, end, bits):  # pragma: no cover - compiled
+    """Sort values begin to end in place, of which no two are alike and all are below 64 len(bits): where they are many
+    beside that, by a bit each, which needs no comparing. bits: uint64, 0, and 0 again after."""
+    if (end - begin) * 4 < len(bits) or end - begin < 4:
+        _sort(values, begin, end)
+        return
+    for place in range(begin, end):
+        bits[values[place] >> 6] |= np.uint64(1) << np.uint64(values[place] & 63)
+    place = begin
+    for word in range(len(bits)):
+        left = bits[word]
+        bits[word] = 0
+        while left != 0:
+            lowest = left & (~left + np.uint64(1))
+            values[place] = (word << 6) + _BIT_OF[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+            place += 1
+            left ^= lowest
+
+
+@numba.njit(cache=True, nogil=True)
 def _first_from(values, begin, end, bound):  # pragma: no cover - compiled
     """The first place, begin to end, of the sorted values whose value is not below the bound."""
     while end - begin > 8:
@@ -470,30 +501,34 @@ def _first_from(values, begin, end, bound):  # pragma: no cover - compiled
 
 
 @numba.njit(cache=True, nogil=True)
-def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor_L, longest_list
-          ):  # pragma: no cover - compiled
-    """The views of its user that the list of each group holds, in time order, and the watch time before each of all.
+def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor_L, longest_list, channel, begin_G1C,
+          view_H, before_H, held):  # pragma: no cover - compiled
+    """The views of its user that a channel's list of each group holds, in time order, and the watch time before each,
+    behind what other channels have written.
+
+    Args:
+        begin_G1C: int64, written: where each group begins in view_H. view_H: int32 views, counted from the user's
+            lowest one, `held` of them there. before_H: int64, ms, before each view and behind the last one: a place
+            more for each channel.
 
     Returns:
-        begin_G1: int64, where each group begins in view_H. view_H: int32 views, counted from the user's lowest one.
-        before_H1: int64, ms.
+        view_H and before_H, or larger ones, and how many views there are now.
     """
     key_S, head_S, next_V, _, taken_L = _scratch(low_U, high_U, longest_list)
-    begin_G1 = np.zeros(len(row_G) + 1, np.int64)
-    view_H, before_H1 = np.zeros(2 * len(row_G), np.int32), np.zeros(2 * len(row_G) + 1, np.int64)
-    held = 0
+    bits = np.zeros((len(next_V) + 63) >> 6, np.uint64)
+    begin_G1C[0, channel], before_H[held + channel] = held, 0
     for user in range(len(first_U1) - 1):
         low, high = low_U[user], high_U[user]
         if high <= low:
-            begin_G1[first_U1[user] + 1:first_U1[user + 1] + 1] = held
+            begin_G1C[first_U1[user] + 1:first_U1[user + 1] + 1, channel] = held
             continue
         mask = _look_up_table(row_V, low, high, key_S, head_S, next_V)
         for group in range(first_U1[user], first_U1[user + 1]):
             if held + high - low > len(view_H):  # an item stands in a list once, so a view is found once at most
                 room = 2 * held + high - low
-                more_H, more_H1 = np.zeros(room, np.int32), np.zeros(room + 1, np.int64)
-                more_H[:held], more_H1[:held + 1] = view_H[:held], before_H1[:held + 1]
-                view_H, before_H1 = more_H, more_H1
+                more_H, more_before_H = np.empty(room, np.int32), np.empty(room + begin_G1C.shape[1], np.int64)
+                more_H[:held], more_before_H[:held + channel + 1] = view_H[:held], before_H[:held + channel + 1]
+                view_H, before_H = more_H, more_before_H
             begin, first = offset_N1[row_G[group]], held
             for k in range(_taken_slots(key_S, mask, neighbor_L, begin, offset_N1[row_G[group] + 1], taken_L)):
                 slot = _slot(key_S, mask, neighbor_L[begin + taken_L[k]])
@@ -504,19 +539,18 @@ def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor
                     view_H[held] = view
                     held += 1
                     view = next_V[view]
-            _sort(view_H, first, held)
+            _sort_distinct(view_H, first, held, bits[:(high - low + 63) >> 6])
             for k in range(first, held):
-                before_H1[k + 1] = before_H1[k] + watch_ms_V[low + view_H[k]]
-            begin_G1[group + 1] = held
-    return begin_G1, view_H[:held], before_H1[:held + 1]
+                before_H[k + channel + 1] = before_H[k + channel] + watch_ms_V[low + view_H[k]]
+            begin_G1C[group + 1, channel] = held
+    return view_H, before_H, held
 
 
 @numba.njit(cache=True, nogil=True)
 def _answer(low_RK, high_RK, low_U, request_T, at_T, begin_G1, first_U1, begin_G1C, view_H, before_H, sum_KTC, count_KTC
             ):  # pragma: no cover - compiled
     """Each trigger's ranges from its group's views. All channels at once: what of a trigger is read from all over
-    memory is read once. begin_G1C: places in view_H; those in before_H, which has one more a channel, are behind by as
-    many. count_KTC: not filled where it is empty."""
+    memory is read once. begin_G1C, view_H, before_H: as `_find` leaves them. count_KTC: not filled where it is empty."""
     channels, is_counted = begin_G1C.shape[1], count_KTC.size > 0
     for user in range(len(first_U1) - 1):
         for group in range(first_U1[user], first_U1[user + 1]):

@@ -13,7 +13,7 @@ from made_requests import (
     made_shard,
 )
 
-from trainer import neighbors
+from trainer import neighbors, replay
 from trainer.neighbors import NeighborLists
 from trainer.replay import (
     future_items,
@@ -56,13 +56,16 @@ rules = st.builds(made_rule, every=st.integers(1, 3), per_user=st.integers(1, 5)
                                         ((T0 + 6_000_000, T0 + 9_000_000), (T0 + 15_000_000, T0 + 2**40))]))
 
 
+@pytest.mark.parametrize("room", [0, replay.ROOM_A_GROUP])  # no room at first: it grows
 @given(shard=shards, rule=rules, seed=st.integers(0, 5),
        windows=st.lists(st.integers(1, 50), min_size=1, max_size=3))
-@settings(max_examples=70, deadline=None)
-def test_rewards_are_those_of_sets(folder, shard, rule, seed, windows):
+@settings(max_examples=40, deadline=None)
+def test_rewards_are_those_of_sets(room, folder, shard, rule, seed, windows):
     snapshots = made_channels(folder, seed).snapshots
     requests, is_future_E = requests_of(shard, rule), is_future_view(shard, rule)
-    reward_WTC = rewards_ms(shard, requests, is_future_E, snapshots, windows, NULL_S)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "ROOM_A_GROUP", room)
+        reward_WTC = rewards_ms(shard, requests, is_future_E, snapshots, windows, NULL_S)
     expected_WTC = np.zeros_like(reward_WTC)
     for k, window in enumerate(windows):
         for t, r in enumerate(requests.request_T):
@@ -164,6 +167,16 @@ def test_uniqueness_does_not_depend_on_the_block(folder, monkeypatch):
     assert unique_of(row_X[:0], lists).shape == (0, 3)
     empty = unique_of(row_X, [lists[0], NeighborLists.empty(15)])
     np.testing.assert_array_equal(empty[:, 0], lists[0].length_N)
+
+
+@given(st.integers(1, 900).flatmap(lambda span: st.tuples(
+    st.just(span), st.lists(st.integers(0, span - 1), unique=True, max_size=120), st.integers(0, 3))))
+def test_views_are_sorted_by_bits_and_by_comparing_alike(drawn):
+    span, views, before = drawn
+    bits = np.zeros((span + 63) >> 6, np.uint64)
+    values = np.array([7] * before + views + [5], np.int32)
+    replay._sort_distinct(values, before, before + len(views), bits)
+    assert values.tolist() == [7] * before + sorted(views) + [5] and not bits.any()
 
 
 def test_no_requests_and_no_windows(folder):
