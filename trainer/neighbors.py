@@ -53,6 +53,11 @@ class NeighborLists:
         return np.diff(self.offset_N1)
 
     @cached_property
+    def longest(self) -> int:
+        """The most neighbours of an item."""
+        return int(self.length_N.max(initial=0))
+
+    @cached_property
     def scaled_score_L(self) -> np.ndarray:
         """Scores over their own 0.9-quantile, so that channels and snapshots compare."""
         return self.score_L / max(float(np.quantile(self.score_L, 0.9)), 1e-9) if len(self.score_L) else self.score_L

@@ -36,6 +36,7 @@ from trainer.sequences import SequenceShard
 from trainer.triggers import TriggerRequests
 
 EPSILON = 1e-6  # eps of Eq. 11
+GROUPS_AT_ONCE = 4096  # of a user and a trigger's item
 ROOM_A_GROUP = 32  # hits of a trigger list that room is taken for at first
 MOST_KEPT = 1 << 23  # items x channels whose counts are found for all and kept: 64 MiB, four times while in the making
 ROWS_AT_ONCE = 16_384  # items whose lists of all channels are compared at once
@@ -145,19 +146,35 @@ def replay(views: CountedViews, requests: TriggerRequests, low_RK: np.ndarray, h
     """
     shape_KTC = (low_RK.shape[1], len(requests.trigger_row_T), len(snapshots.names))
     sum_KTC, count_KTC = np.zeros(shape_KTC, np.int64), np.zeros((is_counted * shape_KTC[0], *shape_KTC[1:]), np.int32)
+    view_H, before_H = np.empty(0, np.int32), np.empty(shape_KTC[2], np.int64)
     for state_C, groups in states_of(requests, snapshots) if states is None else states:
         low_U, high_U = groups.bounds(low_RK, high_RK)
-        # Room that nothing was written to costs nothing, and what grows is copied and made room for again and again.
-        room, held = ROOM_A_GROUP * len(groups.row_G) * shape_KTC[2], 0
-        view_H, before_H = np.empty(room, np.int32), np.empty(room + shape_KTC[2], np.int64)
-        begin_G1C = np.empty((len(groups.row_G) + 1, shape_KTC[2]), np.int64)
-        for channel, lists in enumerate(snapshots.lists_of(state_C)):
-            view_H, before_H, held = _find(
-                views.row_V, views.watch_ms_V, low_U, high_U, groups.row_G, groups.first_U1, lists.offset_N1,
-                lists.neighbor_L, int(lists.length_N.max(initial=0)), channel, begin_G1C, view_H, before_H, held)
-        _answer(low_RK, high_RK, low_U, groups.request_T, groups.at_T, groups.begin_G1, groups.first_U1, begin_G1C,
-                view_H, before_H, sum_KTC, count_KTC)
+        lists_C, channels = snapshots.lists_of(state_C), shape_KTC[2]
+        # Some users at a time, so that what was found of them is still in the cache when it is asked for.
+        for users in _user_blocks(groups.first_U1):
+            first_U1 = groups.first_U1[users.start : users.stop + 1]
+            these, first_U1 = slice(first_U1[0], first_U1[-1]), first_U1 - first_U1[0]
+            row_G, begin_G1C, held = groups.row_G[these], np.empty((first_U1[-1] + 1, channels), np.int64), 0
+            if len(view_H) < ROOM_A_GROUP * len(row_G) * channels:
+                view_H = np.empty(ROOM_A_GROUP * len(row_G) * channels, np.int32)
+                before_H = np.empty(len(view_H) + channels, np.int64)
+            for channel, lists in enumerate(lists_C):
+                view_H, before_H, held = _find(
+                    views.row_V, views.watch_ms_V, low_U[users], high_U[users], row_G, first_U1, lists.offset_N1,
+                    lists.neighbor_L, lists.longest, channel, begin_G1C, view_H, before_H, held)
+            _answer(low_RK, high_RK, low_U[users], groups.request_T, groups.at_T,
+                    groups.begin_G1[these.start : these.stop + 1], first_U1, begin_G1C, view_H, before_H, sum_KTC,
+                    count_KTC)
     return sum_KTC, count_KTC
+
+
+def _user_blocks(first_U1: np.ndarray) -> Iterator[slice]:
+    """Users, about GROUPS_AT_ONCE groups at a time; at least one."""
+    begin = 0
+    while begin < len(first_U1) - 1:
+        end = int(np.searchsorted(first_U1, first_U1[begin] + GROUPS_AT_ONCE, side="right")) - 1
+        yield slice(begin, max(end, begin + 1))
+        begin = max(end, begin + 1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +210,7 @@ def hits(shard: SequenceShard, requests: TriggerRequests, is_future_E: np.ndarra
                 # The last shift is from an index of the shard's views to one of FutureItems.
                 _fill_hits(views.row_V, low_R, high_R, low_U, high_U, groups.request_T, groups.at_T, groups.begin_G1,
                            groups.row_G, groups.first_U1, lists.offset_N1, lists.neighbor_L,
-                           int(lists.length_N.max()), begin_TC[:, channel], begin_R - low_R, view_H, rank_H)
+                           lists.longest, begin_TC[:, channel], begin_R - low_R, view_H, rank_H)
     return Hits(offset_TC1, view_H, rank_H)
 
 
@@ -550,7 +567,8 @@ def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor
 def _answer(low_RK, high_RK, low_U, request_T, at_T, begin_G1, first_U1, begin_G1C, view_H, before_H, sum_KTC, count_KTC
             ):  # pragma: no cover - compiled
     """Each trigger's ranges from its group's views. All channels at once: what of a trigger is read from all over
-    memory is read once. begin_G1C, view_H, before_H: as `_find` leaves them. count_KTC: not filled where it is empty."""
+    memory is read once. begin_G1C, view_H, before_H: as `_find` leaves them. count_KTC: not filled where it is empty.
+    """
     channels, is_counted = begin_G1C.shape[1], count_KTC.size > 0
     for user in range(len(first_U1) - 1):
         for group in range(first_U1[user], first_U1[user + 1]):
