@@ -278,7 +278,7 @@ def check_values(folder: Path, python: list[list[int]]) -> int:
 
 def main() -> int:
     made = parser(__doc__)
-    made.add_argument("--users", type=int, default=1000)
+    made.add_argument("--users", type=int, default=4000)
     made.add_argument("--items", type=int, default=20_000)
     made.add_argument("--views", type=float, default=500, help="views of a user, mean")
     made.add_argument("--shards", type=int, default=8)

@@ -124,13 +124,11 @@ class SerialExecutor:
                 buffer.add(table)
 
         def write_out(shard: int) -> None:
-            rows = buffer.of(shard)
-            if rows.num_rows:
+            if (rows := buffer.of(shard)) is not None:
                 write(rows)
 
         self.each(take_in, pieces)
-        if buffer.close():
-            self.each(write_out, list(range(shards)))
+        self.each(write_out, list(range(shards)))
 
 
 class _ShardBuffer:
@@ -141,6 +139,7 @@ class _ShardBuffer:
         self._most_rows, self._shards, self._folder = most_rows, shards, folder
         self._held: list[tuple[pa.Table, np.ndarray]] = []  # rows by shard, and where each shard begins among them
         self._rows, self._spilled, self._lock = 0, 0, threading.Lock()
+        self._files: dict[int, list[Path]] = {}  # of each shard; to look for them takes files times shards
 
     def add(self, table: pa.Table) -> None:
         ordered = self._by_shard(table)
@@ -149,25 +148,22 @@ class _ShardBuffer:
             self._rows += table.num_rows
             if self._rows >= self._most_rows:
                 for shard in range(self._shards):
-                    rows = self._rows_of(shard)
-                    if rows.num_rows:
-                        with (pa.OSFile(str(self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"), "wb") as sink,
-                              pa.ipc.new_stream(sink, rows.schema) as writer):
-                            writer.write_table(rows.combine_chunks())
+                    if parts := self._parts_of(shard):
+                        path = self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"
+                        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, parts[0].schema) as writer:
+                            writer.write_table(pa.concat_tables(parts).combine_chunks())
+                        self._files.setdefault(shard, []).append(path)
                 self._held, self._rows, self._spilled = [], 0, self._spilled + 1
 
-    def close(self) -> bool:
-        """Nothing more will be added; whether anything was."""
-        return bool(self._held) or self._spilled > 0
+    def of(self, shard: int) -> pa.Table | None:
+        """All rows of a shard in the order they were added; None where it has none."""
+        parts = [_read_stream(path) for path in self._files.get(shard, [])] + self._parts_of(shard)
+        return pa.concat_tables(parts) if parts else None
 
-    def of(self, shard: int) -> pa.Table:
-        parts = [_read_stream(path) for path in sorted(self._folder.glob(f"{shard:05d}-*.arrows"))]
-        return pa.concat_tables([*parts, self._rows_of(shard)] if self._held else parts)
-
-    def _rows_of(self, shard: int) -> pa.Table:
-        """The rows of a shard in memory, as they were added."""
-        return pa.concat_tables([table.slice(begin[shard], begin[shard + 1] - begin[shard])
-                                 for table, begin in self._held])
+    def _parts_of(self, shard: int) -> list[pa.Table]:
+        """The rows of a shard in memory."""
+        return [table.slice(begin[shard], begin[shard + 1] - begin[shard]) for table, begin in self._held
+                if begin[shard] < begin[shard + 1]]
 
     def _by_shard(self, table: pa.Table) -> tuple[pa.Table, np.ndarray]:
         shard = table["shard"].to_numpy()

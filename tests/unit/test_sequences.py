@@ -112,14 +112,16 @@ def test_the_serial_executor_spills(tmp_path, monkeypatch):
     rows = frame(np.column_stack([rng.integers(0, 40, 500), rng.integers(0, 9, 500), rng.integers(0, 99, 500),
                                   rng.integers(0, 9, 500), rng.integers(0, 2, 500)])).astype({"like": bool})
     found = []
-    for buffered in (4_000_000, 60):
+    for buffered, shards in ((4_000_000, 3), (60, 3), (4_000_000, 64), (60, 64), (1, 64)):  # some of 64 have no user
         monkeypatch.setattr(SerialExecutor, "buffered_rows", buffered)
-        folder = tmp_path / str(buffered)
+        folder = tmp_path / f"{buffered}-{shards}"
         folder.mkdir()
         write(folder / "logs", rows, 5, 30)
-        ingested(folder)
-        found.append(as_frame(SequenceStore(folder / "run" / "sequences")))
-    pd.testing.assert_frame_equal(*found)
+        ingested(folder, shards=shards)
+        found.append(as_frame(SequenceStore(folder / "run" / "sequences")).sort_values("user_id", kind="stable",
+                                                                                       ignore_index=True))
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(found[0], other)
 
 
 def test_duplicates_are_quarantined_with_file_and_row(tmp_path):
