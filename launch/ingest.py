@@ -138,8 +138,8 @@ class _ShardBuffer:
     def __init__(self, most_rows: int, shards: int, folder: Path):
         self._most_rows, self._shards, self._folder = most_rows, shards, folder
         self._held: list[tuple[pa.Table, np.ndarray]] = []  # rows by shard, and where each shard begins among them
-        self._rows, self._spilled, self._lock = 0, 0, threading.Lock()
-        self._files: dict[int, list[Path]] = {}  # of each shard; to look for them takes files times shards
+        self._rows, self._lock = 0, threading.Lock()
+        self._files: list[tuple[pa.ipc.RecordBatchFileReader, dict[int, int]]] = []  # and which batch is which shard
 
     def add(self, table: pa.Table) -> None:
         ordered = self._by_shard(table)
@@ -147,17 +147,25 @@ class _ShardBuffer:
             self._held.append(ordered)
             self._rows += table.num_rows
             if self._rows >= self._most_rows:
-                for shard in range(self._shards):
-                    if parts := self._parts_of(shard):
-                        path = self._folder / f"{shard:05d}-{self._spilled:05d}.arrows"
-                        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, parts[0].schema) as writer:
-                            writer.write_table(pa.concat_tables(parts).combine_chunks())
-                        self._files.setdefault(shard, []).append(path)
-                self._held, self._rows, self._spilled = [], 0, self._spilled + 1
+                self._spill()
+                self._held, self._rows = [], 0
+
+    def _spill(self) -> None:
+        """One file, with a batch for each shard: a file for each would be shards times spills of them."""
+        path, batch_of = self._folder / f"{len(self._files):05d}.arrow", {}
+        with (pa.OSFile(str(path), "wb") as sink,
+              pa.ipc.new_file(sink, self._held[0][0].schema) as writer):
+            for shard in range(self._shards):
+                if parts := self._parts_of(shard):
+                    writer.write_batch(pa.concat_tables(parts).combine_chunks().to_batches()[0])
+                    batch_of[shard] = len(batch_of)
+        self._files.append((pa.ipc.open_file(pa.memory_map(str(path))), batch_of))
 
     def of(self, shard: int) -> pa.Table | None:
         """All rows of a shard in the order they were added; None where it has none."""
-        parts = [_read_stream(path) for path in self._files.get(shard, [])] + self._parts_of(shard)
+        with self._lock:
+            spilled = [reader.get_batch(batch_of[shard]) for reader, batch_of in self._files if shard in batch_of]
+        parts = [*(pa.Table.from_batches([batch]) for batch in spilled), *self._parts_of(shard)]
         return pa.concat_tables(parts) if parts else None
 
     def _parts_of(self, shard: int) -> list[pa.Table]:
@@ -170,11 +178,6 @@ class _ShardBuffer:
         begin = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=self._shards))])
         place = sequences.places(shard, begin)
         return pa.table({name: sequences.put(table[name].to_numpy(), place) for name in table.column_names}), begin
-
-
-def _read_stream(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_stream(source).read_all()
 
 
 class RayExecutor:
@@ -366,8 +369,7 @@ def write_shard(work: Work, rows: pa.Table) -> None:
         if duplicates.num_rows:
             sequences.whole_file(work.staging / "quarantine" / f"part-shard-{shard:05d}.parquet",
                                  lambda path: pq.write_table(duplicates, path))
-        sequences.whole_file(work.partial(f"shard-{shard:05d}.parquet"), lambda path: pq.write_table(
-            seen, path, use_dictionary=False, compression="none", write_statistics=False))  # read once, then gone
+        sequences.whole_file(work.partial(f"shard-{shard:05d}.arrow"), lambda path: catalogue.write_batch(path, seen))
         _write_json(work.partial(f"shard-{shard:05d}.json"), vars(summary))
 
 
@@ -668,8 +670,8 @@ def _write_catalogue(work: Work, features: catalogue.CatalogueColumns, duration_
     """Writes `catalogue.arrow` with what the shards tell of its items; what was set right in it."""
     first_seen_ms_N = np.full(len(duration_s_N), catalogue.NEVER_SEEN_MS, np.int64)
     longest_s_N = np.full(len(duration_s_N), np.nan, np.float32)
-    for path in sorted((work.staging / "partials").glob("shard-*.parquet")):
-        seen = pq.read_table(path)
+    for path in sorted((work.staging / "partials").glob("shard-*.arrow")):
+        seen = catalogue.map_batch(path)
         row = seen["item_row"].to_numpy()
         first_seen_ms_N[row] = np.minimum(first_seen_ms_N[row], seen["first_seen_ms"].to_numpy())
         longest_s_N[row] = np.fmax(longest_s_N[row], seen["longest_duration_s"].to_numpy())

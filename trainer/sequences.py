@@ -143,7 +143,7 @@ def empty_rows(session: bool, feedback: list[str]) -> pa.Table:
 
 
 def write_shard(folder: Path, shard: int, rows: pa.Table, *, pieces: list[Piece], vocabulary: Vocabulary,
-                utc_offset_h: float) -> tuple[ShardSummary, pa.Table, pa.Table]:
+                utc_offset_h: float) -> tuple[ShardSummary, pa.Table, dict[str, np.ndarray]]:
     """Sort the rows of a shard, take the duplicates out and write its two files, each at once and whole.
 
     Args:
@@ -330,22 +330,21 @@ def _as_quarantine(duplicates: dict[str, np.ndarray], pieces: list[Piece], vocab
                      pa.array(watch, mask=np.isnan(watch))], schema=QUARANTINE_SCHEMA)
 
 
-def _items_seen(columns: Mapping[str, np.ndarray]) -> pa.Table:
+def _items_seen(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     item, time, duration = columns["item_row"], columns["timestamp_ms"], columns["duration_s"]
     rows = int(item.max(initial=-1)) + 1
     if rows <= MOST_ROWS_A_VIEW * len(item):
         seen_N, first_N, longest_N = np.zeros(rows, np.bool_), np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         _first_and_longest(item, time, duration, seen_N, first_N, longest_N)
         row_I = np.flatnonzero(seen_N).astype(np.int32)
-        return pa.table({"item_row": row_I, "first_seen_ms": first_N[row_I], "longest_duration_s": longest_N[row_I]})
+        return {"item_row": row_I, "first_seen_ms": first_N[row_I], "longest_duration_s": longest_N[row_I]}
     at = np.argsort(item)
     item = item[at]
     start = np.flatnonzero(np.diff(item, prepend=-1))
     if not len(at):
-        return pa.table({"item_row": item, "first_seen_ms": np.zeros(0, np.int64),
-                         "longest_duration_s": np.zeros(0, np.float32)})
-    return pa.table({"item_row": item[start], "first_seen_ms": np.minimum.reduceat(time[at], start),
-                     "longest_duration_s": np.fmax.reduceat(duration[at], start)})
+        return {"item_row": item, "first_seen_ms": np.zeros(0, np.int64), "longest_duration_s": np.zeros(0, np.float32)}
+    return {"item_row": item[start], "first_seen_ms": np.minimum.reduceat(time[at], start),
+            "longest_duration_s": np.fmax.reduceat(duration[at], start)}
 
 
 @numba.njit(cache=True, nogil=True)
