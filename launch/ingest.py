@@ -139,11 +139,13 @@ class _ShardBuffer:
         self._most_rows, self._shards, self._folder = most_rows, shards, folder
         self._held: list[tuple[pa.Table, np.ndarray]] = []  # rows by shard, and where each shard begins among them
         self._rows, self._lock = 0, threading.Lock()
-        self._files: list[tuple[pa.ipc.RecordBatchFileReader, dict[int, int]]] = []  # and which batch is which shard
+        self._schema: pa.Schema | None = None
+        self._files: list[tuple[Path, dict[int, int]]] = []  # and where in it the batch of each shard begins
 
     def add(self, table: pa.Table) -> None:
         ordered = self._by_shard(table)
         with self._lock:
+            self._schema = table.schema
             self._held.append(ordered)
             self._rows += table.num_rows
             if self._rows >= self._most_rows:
@@ -152,20 +154,18 @@ class _ShardBuffer:
 
     def _spill(self) -> None:
         """One file, with a batch for each shard: a file for each would be shards times spills of them."""
-        path, batch_of = self._folder / f"{len(self._files):05d}.arrow", {}
-        with (pa.OSFile(str(path), "wb") as sink,
-              pa.ipc.new_file(sink, self._held[0][0].schema) as writer):
+        path, begin_of = self._folder / f"{len(self._files):05d}.batches", {}
+        with pa.OSFile(str(path), "wb") as sink:
             for shard in range(self._shards):
                 if parts := self._parts_of(shard):
-                    writer.write_batch(pa.concat_tables(parts).combine_chunks().to_batches()[0])
-                    batch_of[shard] = len(batch_of)
-        self._files.append((pa.ipc.open_file(pa.memory_map(str(path))), batch_of))
+                    begin_of[shard] = sink.tell()
+                    sink.write(pa.concat_tables(parts).combine_chunks().to_batches()[0].serialize())
+        self._files.append((path, begin_of))
 
     def of(self, shard: int) -> pa.Table | None:
         """All rows of a shard in the order they were added; None where it has none."""
-        with self._lock:
-            spilled = [reader.get_batch(batch_of[shard]) for reader, batch_of in self._files if shard in batch_of]
-        parts = [*(pa.Table.from_batches([batch]) for batch in spilled), *self._parts_of(shard)]
+        parts = [pa.Table.from_batches([_mapped(path, begin_of[shard], self._schema)])
+                 for path, begin_of in self._files if shard in begin_of] + self._parts_of(shard)
         return pa.concat_tables(parts) if parts else None
 
     def _parts_of(self, shard: int) -> list[pa.Table]:
@@ -178,6 +178,13 @@ class _ShardBuffer:
         begin = np.concatenate([[0], np.cumsum(np.bincount(shard, minlength=self._shards))])
         place = sequences.places(shard, begin)
         return pa.table({name: sequences.put(table[name].to_numpy(), place) for name in table.column_names}), begin
+
+
+def _mapped(path: Path, begin: int, schema: pa.Schema) -> pa.RecordBatch:
+    """A batch of a file. The mapping ends with it: what was read of one counts as held for as long as it is there."""
+    with pa.memory_map(str(path)) as source:
+        source.seek(begin)
+        return pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
 
 
 class RayExecutor:
