@@ -199,6 +199,32 @@ def test_two_ranks_equal_one_plain_process():
         assert "rows are 0 to" in result["range"]
 
 
+def alone_cases(rank, world_size):
+    from embeddings.tables import LocalLookup, gather_full
+
+    results = {}
+    for sharding in SHARDINGS:
+        for optimizer in ("sgd", "rowwise_adagrad"):
+            tables = build(sharding, optimizer)
+            initial, losses = gather_full(tables), train(tables, rank, STEPS)
+            looked_up = tables.begin(jagged(ids_of(1, rank)))
+            results[sharding, optimizer] = {
+                "initial": initial, "losses": losses, "weight": gather_full(tables), "is_local":
+                isinstance(looked_up, LocalLookup), "rows": {name: rows.detach() for name, rows in
+                                                             looked_up.rows().items()}}
+    return results
+
+
+def test_the_only_rank_equals_a_plain_process():
+    for (_, optimizer), result in run_ranks(1, alone_cases)[0].items():
+        losses, weight, _ = reference(result["initial"], optimizer, world_size=1)
+        torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(losses)[:, 0], rtol=0, atol=2e-6)
+        for name, ids in ids_of(1, 0).items():
+            torch.testing.assert_close(result["weight"][name], weight[name], rtol=0, atol=1e-6)
+            assert torch.equal(result["rows"][name], result["weight"][name][ids])
+        assert result["is_local"] and list(result["rows"]) == list(ROWS)
+
+
 def save_case(rank, world_size, folder):
     """Train, save after 6 steps, go on; the state and losses that a resumed run must repeat."""
     from embeddings.table_state import save_tables
