@@ -51,7 +51,7 @@ QUARANTINE_SCHEMA = pa.schema([
     ("item_id", pa.int64()), ("timestamp_ms", pa.int64()), ("watch_time_s", pa.float64())])
 NULL_SESSION = np.iinfo(np.int64).min
 FIRST_UNIX_MS, LAST_UNIX_MS = 10**11, 10**14  # 1973 to 5138; seconds lie below, micro- and nanoseconds above
-BATCH_ROWS = 262_144
+BATCH_ROWS = 131_072
 PIECE_ROWS = 750_000
 
 
