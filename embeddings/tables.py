@@ -172,7 +172,7 @@ class ShardedTables(nn.Module):
         """
         return self.begin(features).rows()
 
-    def begin(self, features: KeyedJaggedTensor) -> "Lookup | LocalLookup":
+    def begin(self, features: KeyedJaggedTensor) -> "Lookup":
         """Sends the ids on their way, for rows that are wanted later; `forward` in two halves. Collective.
 
         The ids of the next batch travel while this one is computed: three of the five collectives of a lookup then
@@ -182,8 +182,9 @@ class ShardedTables(nn.Module):
         names = [spec.name for spec in self.specs]
         if self.world_size == 1 and self._is_laid_out:
             return LocalLookup(self._collection, features, names)
+        lookup = Lookup(self._collection, features, names)
         self._is_laid_out = True
-        return Lookup(self._collection, features, names)
+        return lookup
 
     @property
     def learning_rate(self) -> float:
@@ -329,7 +330,7 @@ class Lookup:
         return {name: looked_up[name].values() for name in self._names}
 
 
-class LocalLookup:
+class LocalLookup(Lookup):
     """A lookup of the one worker there is: TorchRec's kernels by themselves. Its way for several workers, contexts and
     futures included, takes longer than the lookup where nothing has to travel (docs/experiments.md)."""
 

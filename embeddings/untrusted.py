@@ -17,7 +17,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def inside(root: Path, relative: str, source: str) -> Path:
 _THROWN = ("histogram size mismatch", "Unencoded byte array data bytes")
 
 
-def open_parquet(source: pa.NativeFile, name: str, groups: Sequence[int] | None = None) -> pq.ParquetFile:
+def open_parquet(source: pa.NativeFile, name: str, groups: range | None = None) -> pq.ParquetFile:
     """A Parquet file whose footer has been looked at before Arrow makes types of it.
 
     Args:
@@ -153,7 +153,7 @@ def open_parquet(source: pa.NativeFile, name: str, groups: Sequence[int] | None 
     alone = _opened(pa.BufferReader(file), name)
     metadata = alone.metadata
     there = range(metadata.num_row_groups)
-    groups = there if groups is None else [group for group in groups if group in there]
+    groups = there if groups is None else there[groups.start : groups.stop]
     _check_chunks(alone, groups, name)
     _check_declared(metadata, groups, size, name)
     if (found := footer.count(_ARROW_SCHEMA)) > 1:
@@ -203,7 +203,7 @@ def _parquet_footer(source: pa.NativeFile, size: int) -> bytes:
     return source.read(length)
 
 
-def _check_chunks(alone: pq.ParquetFile, groups: Sequence[int], name: str) -> None:
+def _check_chunks(alone: pq.ParquetFile, groups: range, name: str) -> None:
     """Refuse a column's metadata that Arrow throws on: to look at it through Python's `RowGroupMetaData.column` would
     end the process, which has no handler there (pyarrow 26). Reading has one, and comes upon the metadata first.
 
@@ -220,7 +220,7 @@ def _check_chunks(alone: pq.ParquetFile, groups: Sequence[int], name: str) -> No
                     raise InputError(f"{name}: its footer is damaged: {error}") from error
 
 
-def _check_declared(metadata: pq.FileMetaData, groups: Sequence[int], size: int, name: str) -> None:
+def _check_declared(metadata: pq.FileMetaData, groups: range, size: int, name: str) -> None:
     most_values, most_bytes = ROWS_FLOOR + ROWS_PER_BYTE * size, BYTES_FLOOR + BYTES_PER_BYTE * size
     if metadata.num_columns > MOST_COLUMNS:
         raise InputError(f"{name}: has {metadata.num_columns} columns; at most {MOST_COLUMNS} are read")

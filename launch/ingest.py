@@ -145,7 +145,7 @@ class _ShardBuffer:
     def add(self, table: pa.Table) -> None:
         ordered = self._by_shard(table)
         with self._lock:
-            self._schema = table.schema
+            self._schema = ordered[0].schema
             self._held.append(ordered)
             self._rows += table.num_rows
             if self._rows >= self._most_rows:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 ROW_GROUP = 131_072
 PAGE = 32_768  # rows
-_MAGIC, _CREATED_BY = b"PAR1", b"watchtower"
+_MAGIC, _CREATED_BY = b"PAR1", b"watchtower version 1.0.0 (build 1)"  # in the form that readers take apart
 _BOOLEAN, _INT32, _INT64, _FLOAT, _DOUBLE = 0, 1, 2, 4, 5
 _KINDS = {pa.bool_(): (_BOOLEAN, np.bool_), pa.int32(): (_INT32, np.int32), pa.int64(): (_INT64, np.int64),
           pa.float32(): (_FLOAT, np.float32), pa.float64(): (_DOUBLE, np.float64)}
@@ -34,7 +34,7 @@ class FixedListWriter:
 
     Args:
         file: written from its beginning. schema: fields of bool, int32, int64, float32, float64, or of fixed-size lists
-            of them; nothing nullable, neither the fields nor the lists' elements.
+            of them, of one value or more; nothing nullable, neither the fields nor the lists' elements.
 
     Raises:
         ValueError: a field of another type, or one that may be null.
@@ -42,8 +42,9 @@ class FixedListWriter:
 
     def __init__(self, file: BinaryIO, schema: pa.Schema):
         for field in schema:
-            inner = field.type.field(0) if pa.types.is_fixed_size_list(field.type) else field
-            if field.nullable or inner.nullable or inner.type not in _KINDS:
+            is_list = pa.types.is_fixed_size_list(field.type)
+            inner = field.type.field(0) if is_list else field
+            if field.nullable or inner.nullable or inner.type not in _KINDS or is_list and field.type.list_size < 1:
                 raise ValueError(f"{field}: only numbers and fixed-size lists of them without nulls are written")
         self._file, self.schema, self._groups, self._rows = file, schema, [], 0
         self._codec = pa.Codec("lz4_raw")
@@ -57,7 +58,8 @@ class FixedListWriter:
                 hold every value.
 
         Raises:
-            ValueError: shapes that do not fit the schema or each other.
+            ValueError: shapes that do not fit the schema or each other. TypeError: values of another kind than the
+                field's, floats for integers.
         """
         made, rows = [], len(columns[0])
         for field, values in zip(self.schema, columns, strict=True):
@@ -66,7 +68,7 @@ class FixedListWriter:
                 raise ValueError(f"{field.name}: has the shape {values.shape} where {rows} rows of {field.type} are "
                                  "written")
             _, dtype = _KINDS[field.type.value_type if is_list else field.type]
-            made.append(np.ascontiguousarray(values, dtype))
+            made.append(np.ascontiguousarray(values.astype(dtype, casting="same_kind", copy=False)))
         for begin in range(0, rows, ROW_GROUP):
             self._write_group([values[begin : begin + ROW_GROUP] for values in made])
 

@@ -252,10 +252,6 @@ class Scales:
         """int64 (C,), tau_c in whole milliseconds: Eq. 5 compares these."""
         return np.rint(1000 * np.array(self.tau_s)).astype(np.int64)
 
-    def label(self, reward_ms_TC: np.ndarray) -> np.ndarray:
-        """bool y_c of Eq. 5."""
-        return reward_ms_TC >= self.least_ms()
-
 
 def scales_of(counts: LabelCounts, replay: ReplayConfig, folder: Path, shards: int) -> list[Scales]:
     """The scales of each window, from the counts of the first pass; a channel without any positive value has s_c = 1 s

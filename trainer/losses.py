@@ -10,7 +10,7 @@ with i over the rows of all workers, j over the positives of all workers, t(i) r
 is left out for row i. CRM (arXiv:2412.13844, Eq. 2) changes what u_i is conditioned on, not this loss. Correction: Yi
 et al., RecSys 2019.
 
-Computed is the same sum over the distinct items of the global batch, which are half of its positives or fewer: every
+Computed is the same sum over the distinct items of the global batch, which may be far fewer than its positives: every
 item is one column, n_j is how many positives it stands for, and accidental hits need no mask, for the own column counts
 once whatever its n is:
 

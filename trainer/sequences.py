@@ -59,6 +59,7 @@ MOST_SHARDS = 1_000_000
 MOST_ROWS_A_VIEW = 4  # of a vocabulary whose rows are looked up in an array; those of a larger one are sorted
 MOST_BINS = 1 << 20  # of a count by value; more are sorted
 WATCH_BITS = 15  # of a float32 that the statistics' histogram of watch times leaves off: a bin is 0.2% to 0.4% wide
+_HASH_KEY = np.uint64(int.from_bytes(os.urandom(8), "little"))  # so that no log can be made to collide; sorted away
 _sound: set[tuple[str, str, int]] = set()  # shards whose numbers this process has checked: their checksums
 
 
@@ -208,14 +209,14 @@ def order_of(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Users are few beside their rows, so they are numbered through a hash table, sorted by themselves, and the rows
     counted into place: a sort of all rows takes four times as long.
     """
-    code, user_id_U = _numbered(user)
+    code, user_id_U = _numbered(user, _HASH_KEY)
     rank_U = np.empty(len(user_id_U), np.int64)
     rank_U[np.argsort(user_id_U)] = np.arange(len(user_id_U))
     return _counted_into_place(code, rank_U)
 
 
 @numba.njit(cache=True, nogil=True)
-def _numbered(user):  # pragma: no cover - compiled
+def _numbered(user, hash_key):  # pragma: no cover - compiled
     """int32 (E,), numbers of users in the order in which they come first, and their ids."""
     bits = 4
     while (1 << bits) < 2 * len(user):
@@ -223,8 +224,10 @@ def _numbered(user):  # pragma: no cover - compiled
     slots, mask = np.full(1 << bits, -1, np.int32), (1 << bits) - 1
     code, user_id, users = np.empty(len(user), np.int32), np.empty(len(user), np.int64), 0
     for k in range(len(user)):
-        mixed = np.uint64(user[k]) * np.uint64(0x9E3779B97F4A7C15)
-        slot = np.int64(mixed >> np.uint64(64 - bits))
+        x = np.uint64(user[k]) + hash_key  # SplitMix64: a product alone puts some patterns of ids into few slots
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        slot = np.int64((x ^ (x >> np.uint64(31))) & np.uint64(mask))
         while slots[slot] >= 0 and user_id[slots[slot]] != user[k]:
             slot = (slot + 1) & mask
         if slots[slot] < 0:

@@ -309,7 +309,7 @@ def read_labels(folder: Path) -> str:
     found = labels.shard(0)
     assert found.reward_ms_TC.shape == (len(found), len(labels.channels))
     assert np.isfinite(found.intensity_TC).all() and np.isfinite(found.uniqueness_TC).all()
-    labels.scales.label(found.reward_ms_TC)
+    labels.scales.least_ms()
     return f"{len(found)} triggers"
 
 

@@ -90,14 +90,21 @@ def test_values_are_cast_to_the_field():
 
 @pytest.mark.parametrize("field", [
     pa.field("a", pa.int64()), pa.field("a", pa.string(), nullable=False), pa.field("a", pa.int16(), nullable=False),
+    pa.field("a", pa.list_(pa.field("element", pa.int64(), nullable=False), 0), nullable=False),
     pa.field("a", pa.list_(pa.int64(), 2), nullable=False), pa.field("a", pa.list_(pa.int64()), nullable=False)])
 def test_other_fields_are_refused(field):
     with pytest.raises(ValueError, match="only numbers and fixed-size lists of them without nulls"):
         FixedListWriter(io.BytesIO(), pa.schema([field]))
 
 
-@pytest.mark.parametrize("columns", [[np.zeros((3, 3)), np.zeros(3)], [np.zeros((3, 2)), np.zeros(2)],
-                                     [np.zeros(6), np.zeros(3)]])
+def test_values_of_another_kind_are_refused():
+    writer = FixedListWriter(io.BytesIO(), schema_of([(pa.int64(), None)]))
+    with pytest.raises(TypeError, match="Cannot cast"):
+        writer.write([np.array([1.9])])
+
+
+@pytest.mark.parametrize("columns", [[np.zeros((3, 3)), np.zeros(3, int)], [np.zeros((3, 2)), np.zeros(2, int)],
+                                     [np.zeros(6), np.zeros(3, int)]])
 def test_shapes_that_do_not_fit_are_refused(columns):
     sink = io.BytesIO()
     writer = FixedListWriter(sink, schema_of([(pa.float64(), 2), (pa.int64(), None)]))

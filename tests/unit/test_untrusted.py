@@ -171,6 +171,21 @@ def test_a_small_file_cannot_declare_a_large_table(monkeypatch):
         footer_of(pa.table({f"c{n}": pa.array([], pa.int8()) for n in range(20_001)}), 10**9)
 
 
+def test_a_row_group_that_is_asked_for_cannot_declare_a_large_table(monkeypatch):
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, pa.schema({"a": pa.int64()}), use_dictionary=False) as writer:
+        for rows in (10, 300_000, 10):
+            writer.write_table(pa.table({"a": np.zeros(rows, np.int64)}), row_group_size=rows)
+    metadata = pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata
+    monkeypatch.setattr(untrusted, "ROWS_FLOOR", 400_000)
+    monkeypatch.setattr(untrusted, "BYTES_FLOOR", 1000)
+    for groups in (range(1), range(2, 3)):
+        untrusted._check_declared(metadata, groups, 50, "x.parquet")
+    for groups in (range(3), range(1, 2)):
+        with pytest.raises(InputError, match="in one column of a row group"):
+            untrusted._check_declared(metadata, groups, 50, "x.parquet")
+
+
 def test_who_reads_some_row_groups_is_answered_for_those(monkeypatch):
     sink, looked_at = pa.BufferOutputStream(), []
     pq.write_table(pa.table({"a": np.arange(40), "b": np.arange(40)}), sink, row_group_size=10)
