@@ -111,7 +111,7 @@ def test_tables_that_find_no_place(config, capsys):
 
 @pytest.mark.parametrize(("overrides", "items", "change"), [
     (["crm.tables.sharding=table_wise", "crm.tables.dim=128"], 200_000_000, "crm.tables.sharding=auto"),
-    (["train.batch_rows=16384", "crm.tower.history=64"], 1000, "train.batch_rows=4096"),
+    (["train.batch_rows=16384", "crm.tower.history=64"], 2_000_000, "train.batch_rows=4096"),
     (["crm.tower.dim=64", "index.device=cuda"], 110_000_000, "index.device=cpu")])
 def test_the_first_change_is_the_nearest(config, overrides, items, change):
     planner = Planner()
