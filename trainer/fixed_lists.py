@@ -42,9 +42,9 @@ class FixedListWriter:
 
     def __init__(self, file: BinaryIO, schema: pa.Schema):
         for field in schema:
-            is_list = pa.types.is_fixed_size_list(field.type)
-            inner = field.type.field(0) if is_list else field
-            if field.nullable or inner.nullable or inner.type not in _KINDS or is_list and field.type.list_size < 1:
+            inner = field.type.field(0) if _is_list(field) else field
+            is_empty = _is_list(field) and field.type.list_size < 1
+            if field.nullable or inner.nullable or inner.type not in _KINDS or is_empty:
                 raise ValueError(f"{field}: only numbers and fixed-size lists of them without nulls are written")
         self._file, self.schema, self._groups, self._rows = file, schema, [], 0
         self._codec = pa.Codec("lz4_raw")
@@ -63,11 +63,10 @@ class FixedListWriter:
         """
         made, rows = [], len(columns[0])
         for field, values in zip(self.schema, columns, strict=True):
-            is_list = pa.types.is_fixed_size_list(field.type)
-            if values.shape != ((rows, field.type.list_size) if is_list else (rows,)):
+            if values.shape != ((rows, field.type.list_size) if _is_list(field) else (rows,)):
                 raise ValueError(f"{field.name}: has the shape {values.shape} where {rows} rows of {field.type} are "
                                  "written")
-            _, dtype = _KINDS[field.type.value_type if is_list else field.type]
+            _, dtype = _kind_of(field)
             made.append(np.ascontiguousarray(values.astype(dtype, casting="same_kind", copy=False)))
         for begin in range(0, rows, ROW_GROUP):
             self._write_group([values[begin : begin + ROW_GROUP] for values in made])
@@ -88,13 +87,14 @@ class FixedListWriter:
         yield {4: _binary(b"schema"), 5: _i32(len(self.schema))}
         for field in self.schema:
             name = _binary(field.name.encode())
-            if pa.types.is_fixed_size_list(field.type):
+            kind, _ = _kind_of(field)
+            if _is_list(field):
                 yield {3: _i32(_REQUIRED), 4: name, 5: _i32(1), 6: _i32(_LIST),
                        10: (_STRUCT, _struct({3: (_STRUCT, _struct({}))}))}
                 yield {3: _i32(_REPEATED), 4: _binary(b"list"), 5: _i32(1)}
-                yield {1: _i32(_KINDS[field.type.value_type][0]), 3: _i32(_REQUIRED), 4: _binary(b"element")}
+                yield {1: _i32(kind), 3: _i32(_REQUIRED), 4: _binary(b"element")}
             else:
-                yield {1: _i32(_KINDS[field.type][0]), 3: _i32(_REQUIRED), 4: name}
+                yield {1: _i32(kind), 3: _i32(_REQUIRED), 4: name}
 
     def _write_group(self, columns: list[np.ndarray]) -> None:
         begin, plain_bytes = self._at, 0
@@ -103,9 +103,9 @@ class FixedListWriter:
             first, plain = self._at, 0
             for row in range(0, len(values), PAGE):
                 plain += self._write_page(values[row : row + PAGE])
-            is_list = values.ndim == 2
+            is_list = _is_list(field)
             path = [field.name.encode(), b"list", b"element"] if is_list else [field.name.encode()]
-            metadata = {1: _i32(_KINDS[field.type.value_type if is_list else field.type][0]),
+            metadata = {1: _i32(_kind_of(field)[0]),
                         2: _list(_I32, [_zigzag(_PLAIN), *([_zigzag(_RLE)] if is_list else [])]),
                         3: _list(_BINARY, [_sized(part) for part in path]), 4: _i32(_LZ4_RAW), 5: _i64(values.size),
                         6: _i64(plain), 7: _i64(self._at - first), 9: _i64(first)}
@@ -133,6 +133,15 @@ class FixedListWriter:
         self._file.write(packed)
         self._at += len(header) + packed.size
         return len(header) + len(body)
+
+
+def _is_list(field: pa.Field) -> bool:
+    return pa.types.is_fixed_size_list(field.type)
+
+
+def _kind_of(field: pa.Field) -> tuple[int, type]:
+    """Of the numbers in a field: Parquet's type and NumPy's."""
+    return _KINDS[field.type.value_type if _is_list(field) else field.type]
 
 
 @lru_cache(maxsize=8)  # pages are of one size, but for the last ones

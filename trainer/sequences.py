@@ -79,6 +79,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+_mixed = numba.njit(cache=True, nogil=True)(_mix)  # of one number, in compiled code
+
+
 def shard_of(user_ids: np.ndarray, shards: int) -> np.ndarray:
     """int32 shard of each user."""
     return (user_hash(user_ids, SHARD_SEED) % np.uint64(shards)).astype(np.int32)
@@ -224,10 +227,7 @@ def _numbered(user, hash_key):  # pragma: no cover - compiled
     slots, mask = np.full(1 << bits, -1, np.int32), (1 << bits) - 1
     code, user_id, users = np.empty(len(user), np.int32), np.empty(len(user), np.int64), 0
     for k in range(len(user)):
-        x = np.uint64(user[k]) + hash_key  # SplitMix64: a product alone puts some patterns of ids into few slots
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        slot = np.int64((x ^ (x >> np.uint64(31))) & np.uint64(mask))
+        slot = np.int64(_mixed(np.uint64(user[k]) ^ hash_key) & np.uint64(mask))
         while slots[slot] >= 0 and user_id[slots[slot]] != user[k]:
             slot = (slot + 1) & mask
         if slots[slot] < 0:
