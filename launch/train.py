@@ -132,6 +132,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
     from launch.local_ray import own_folder, threads_per_worker, worker_limits
     from launch.resources import scaling
     from launch.worker_group import WorkerGroupTrainer, torch_config
+    from trainer.shared_memory import BACKEND
 
     outcome, gpu, (least, most) = _outcome(run_dir, work), wants_gpu(config), worker_limits(config)
     trainer = WorkerGroupTrainer(
@@ -142,7 +143,7 @@ def _fit(config: Config, run_dir: Path, work: str, driver: Attempt) -> None:
         run_config=RunConfig(name="train" if work == "crm" else f"train-{work}", storage_path=str(run_dir / "ray"),
                              failure_config=FailureConfig(max_failures=config.train.max_restarts),
                              callbacks=_callbacks(driver, outcome, config.train.grace_s)),
-        torch_config=torch_config("nccl" if gpu else "gloo", int(config.train.timeout_s), own_folder()))
+        torch_config=torch_config("nccl" if gpu else BACKEND, int(config.train.timeout_s), own_folder()))
     try:
         trainer.fit()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Run a function as the ranks of a gloo process group, each in a process of its own.
+"""Run a function as the ranks of a process group of the backend that CPU workers train over, each in its own process.
 
 Light on purpose: a spawned process imports this file before its environment counts, so torch is imported inside.
 """
@@ -24,7 +24,7 @@ GRACE_S = 3.0
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Call `fn(rank, world_size, *args)` on every rank of a fresh gloo group; several cases in one call save start-ups.
+    """Call `fn(rank, world_size, *args)` on every rank of a fresh group; several cases in one call save start-ups.
 
     Args:
         world_size: number of processes.
@@ -108,10 +108,13 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
+    from trainer import shared_memory
+
     torch.set_num_threads(1)
     try:
+        shared_memory.register()
         dist.init_process_group(
-            "gloo",
+            shared_memory.BACKEND,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,

@@ -1,0 +1,394 @@
+"""Collectives of CPU workers on one host through shared memory: the backend that a run without GPUs trains over.
+
+Gloo carries everything through TCP. Between two processes of one machine that costs a thread, several system calls and
+four copies a collective: half a millisecond for a few bytes and one and a half for a mebibyte, where the copy itself
+takes a tenth (docs/experiments.md). A step has eight of them. Here a worker lays its part into memory that the others
+have mapped and rings a bell, a message on a Unix socket:
+
+    slot = number of the exchange mod 4     one anonymous file (memfd) a worker and slot, grown as it is needed
+    bell = (number, offset, bytes)          and the file, where it is new
+
+Nothing has a name once all are joined, so nothing is left by processes that are killed; a worker that dies closes its
+sockets, and the others hear of it at once. Sums are made in the order of ranks, the same bits on all.
+
+A slot is laid out anew four exchanges later. Before exchange k a worker finishes its own up to k - 2, for which all the
+others must have begun k - 2, so they are done with k - 4. Who may wait for whom never turns into a circle: beginning an
+exchange waits for earlier ones only, and these every worker begins first.
+
+All-to-all, all-gather, reduce-scatter, sums and barriers go this way; the rest (objects, other reductions) is gloo's,
+and everything is where the workers do not share a host: `register` names the backend, and a group finds out by itself.
+
+Shape suffixes: W = workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import struct
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKEND = "watchtower"
+"""Its name, for `init_process_group`, once `register` was called in the process."""
+SLOTS = 4
+SMALL_SUM_BYTES = 1 << 15
+"""Up to here every worker adds all parts up by itself: twice the reading, half the exchanges."""
+LARGE_SUM_BYTES = 1 << 24
+"""Longer sums go piece by piece, so that memory shared does not grow with the model."""
+_LEAST_BYTES = 1 << 16
+_ALIGN = 64  # of pieces in a slot, so that any type may be read there
+_BELL = struct.Struct("<QQQ")
+_RANK = struct.Struct("<Q")
+
+
+def register() -> None:
+    """Makes the backend known to torch.distributed in this process. May be called again."""
+    if not hasattr(dist.Backend, BACKEND.upper()):
+        dist.Backend.register_backend(BACKEND, _create, devices=["cpu"])
+
+
+class SharedMemoryGroup(dist.ProcessGroup):
+    """A process group of workers on one host. Every worker calls the same collectives in one order, from one thread.
+
+    Args:
+        store, rank, size: as of any process group. gloo: does what is not done here; its timeout is the group's.
+        bells: a connected SOCK_SEQPACKET socket to every other rank.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, gloo: dist.ProcessGroupGloo,
+                 bells: dict[int, socket.socket]):
+        super().__init__(rank, size)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._gloo, self._bells, self._me, self._ranks = gloo, bells, rank, size
+        self._begun = 0
+        self._pending: deque[_Exchange] = deque()
+        self._memory: dict[tuple[int, int], Tensor] = {}  # (rank, slot): uint8
+        self._failed: str | None = None
+
+    def all_to_all_single(self, output: Tensor, input: Tensor, output_splits: Sequence[int],  # noqa: A002
+                          input_splits: Sequence[int], opts: Any = None) -> dist.Work:
+        """Rows of `input` to each rank, rows from each into `output`. Without splits all ranks get as many."""
+        pieces = _split(input, input_splits, self._ranks)
+        return self._place(_split(output, output_splits, self._ranks), pieces)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:  # noqa: A002
+        """`input` of all ranks in rank order into `output`."""
+        return self._place(_split(output, (), self._ranks), [_as_bytes(input)] * self._ranks)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:  # noqa: A002
+        """The sum over ranks of each rank's share of `input` into its `output`."""
+        if opts.reduceOp != dist.ReduceOp.SUM:
+            return self._gloo._reduce_scatter_base(output, input, opts)
+        mine, pieces = _flat(output), _split(input, (), self._ranks)
+        return self._begin(pieces, lambda parts_W: _add_up(mine, parts_W), own=pieces[self._me].clone())
+
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any) -> dist.Work:
+        """The sum over ranks, in place."""
+        if opts.reduceOp != dist.ReduceOp.SUM or len(tensors) != 1:
+            return self._gloo.allreduce(list(tensors), opts)
+        tensor = tensors[0]
+        if not tensor.is_contiguous():
+            summed = tensor.contiguous()
+            self.allreduce([summed], opts).wait()
+            tensor.copy_(summed)
+            return self._done()
+        flat, work = _flat(tensor), None
+        for piece in flat.split(max(1, LARGE_SUM_BYTES // tensor.element_size())):
+            work = self._sum(piece)
+        return work or self._done()
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        """Returns once all ranks have begun it, and waits on the way: who calls it without asking waits, too."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        work = self._begin([nothing] * self._ranks, lambda parts_W: None, nothing)
+        work.wait()
+        return work
+
+    def shutdown(self) -> None:
+        """Closes the bells: a rank that still waits for this one fails."""
+        self._failed = self._failed or "the process group was shut down"
+        for bell in self._bells.values():
+            bell.close()
+        self._memory.clear()
+
+    def getBackendName(self) -> str:  # noqa: N802 - torch's
+        return BACKEND
+
+    def _sum(self, flat: Tensor) -> dist.Work:
+        """Of a short tensor each rank makes it whole; of a long one its share, which the others then take."""
+        if flat.numel() * flat.element_size() <= SMALL_SUM_BYTES:
+            whole = _as_bytes(flat)
+            return self._begin([whole] * self._ranks, lambda parts_W: _add_up(flat, parts_W), own=whole.clone())
+        share = -(-flat.numel() // self._ranks)
+        shares = [flat[share * rank : share * (rank + 1)] for rank in range(self._ranks)]
+        mine, pieces = shares[self._me], [_as_bytes(part) for part in shares]
+        self._begin(pieces, lambda parts_W: _add_up(mine, parts_W), own=pieces[self._me].clone()).wait()
+        return self._place(pieces, [pieces[self._me]] * self._ranks)
+
+    def _place(self, outputs_W: list[Tensor], pieces_W: list[Tensor]) -> dist.Work:
+        """Each rank's piece to where it goes; the own one at once."""
+        own = pieces_W[self._me]
+
+        def take(parts_W: list[Tensor]) -> None:
+            for rank, (mine, part) in enumerate(zip(outputs_W, parts_W, strict=True)):
+                if len(mine) != len(part):
+                    raise self._broken(f"rank {rank} sends {len(part):,} bytes, {len(mine):,} are expected of it")
+                if rank != self._me:
+                    mine.copy_(part)
+
+        if len(own) == len(outputs_W[self._me]):
+            outputs_W[self._me].copy_(own)
+        return self._begin(pieces_W, take, own)
+
+    def _begin(self, pieces_W: list[Tensor], take: Callable[[list[Tensor]], None], own: Tensor) -> dist.Work:
+        """Lays the other ranks' pieces into this exchange's slot and rings. `take` gets the pieces that the ranks have
+        for this one, `own` among them, once all have rung."""
+        if self._failed:
+            raise dist.DistNetworkError(self._failed)
+        number, self._begun = self._begun, self._begun + 1
+        self._finish(number - 2)
+        laid, end = {}, 0  # one piece may be for all
+        for rank in self._bells:
+            piece = pieces_W[rank]
+            if id(piece) not in laid:
+                laid[id(piece)] = end, piece
+                end += -(-len(piece) // _ALIGN) * _ALIGN
+        memory, new = self._room(number % SLOTS, end)
+        for offset, piece in laid.values():
+            memory[offset : offset + len(piece)].copy_(piece)
+        try:
+            for rank, bell in self._bells.items():
+                piece = pieces_W[rank]
+                self._ring(rank, bell, _BELL.pack(number, laid[id(piece)][0], len(piece)), new)
+        finally:
+            if new is not None:
+                os.close(new)
+        exchange = _Exchange(self, number, take, own)
+        self._pending.append(exchange)
+        return exchange
+
+    def _finish(self, last: int) -> None:
+        """Takes what belongs to the exchanges up to this one."""
+        while self._pending and self._pending[0].number <= last:
+            if self._failed:
+                raise dist.DistNetworkError(self._failed)
+            exchange = self._pending[0]
+            parts_W = [exchange.own if rank == self._me else self._hear(rank, exchange.number)
+                       for rank in range(self._ranks)]
+            exchange.take(parts_W)
+            self._pending.popleft()
+
+    def _room(self, slot: int, size: int) -> tuple[Tensor, int | None]:
+        """This worker's memory for the slot, and its file where the others do not have it yet."""
+        memory = self._memory.get((self._me, slot))
+        if memory is not None and len(memory) >= size:
+            return memory, None
+        size = max(_LEAST_BYTES, 1 << (size - 1).bit_length()) if size else _LEAST_BYTES
+        file = os.memfd_create(f"watchtower-slot-{slot}")
+        try:
+            os.ftruncate(file, size)
+            memory = self._memory[self._me, slot] = _mapped(file)
+        except BaseException:
+            os.close(file)
+            raise
+        return memory, file
+
+    def _ring(self, rank: int, bell: socket.socket, message: bytes, file: int | None) -> None:
+        self._limit(bell)
+        try:
+            if file is None:
+                bell.send(message)
+            else:
+                socket.send_fds(bell, [message], [file])
+        except TimeoutError:
+            raise self._broken(f"rank {rank} has not listened for {self._timeout_s:g} s") from None
+        except OSError as error:
+            raise self._broken(f"rank {rank} is gone ({error.strerror})") from None
+
+    def _hear(self, rank: int, number: int) -> Tensor:
+        """Waits for the rank's bell; what it laid out for this one."""
+        bell = self._bells[rank]
+        self._limit(bell)
+        try:
+            message, files, _, _ = socket.recv_fds(bell, _BELL.size, 1)
+        except TimeoutError:
+            raise self._broken(f"rank {rank} has not come to the collective for {self._timeout_s:g} s") from None
+        except OSError as error:
+            raise self._broken(f"rank {rank} is gone ({error.strerror})") from None
+        if not message:
+            raise self._broken(f"rank {rank} is gone (it closed its socket)")
+        told, offset, size = _BELL.unpack(message)
+        for file in files:
+            try:
+                self._memory[rank, number % SLOTS] = _mapped(file)
+            finally:
+                os.close(file)
+        if told != number:
+            raise self._broken(f"rank {rank} is at its collective {told}, this one at {number}")
+        return self._memory[rank, number % SLOTS][offset : offset + size]
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._gloo.options._timeout.total_seconds()
+
+    def _limit(self, bell: socket.socket) -> None:
+        seconds = self._timeout_s
+        if bell.gettimeout() != seconds:
+            bell.settimeout(seconds)
+
+    def _broken(self, why: str) -> Exception:
+        """The error to raise; no collective of this group works after."""
+        self._failed = f"collective of rank {self._me} of {self._ranks}: {why}"
+        return dist.DistNetworkError(self._failed)
+
+    def _done(self) -> dist.Work:
+        """Of what has already ended."""
+        return _Exchange(self, -1, lambda parts_W: None, torch.empty(0, dtype=torch.uint8))
+
+    # The names that torch asks by up to 2.12.
+    alltoall_base, _allgather_base, _reduce_scatter_base = all_to_all_single, all_gather_single, reduce_scatter_single
+
+
+def _by_gloo(name: str) -> Callable[..., dist.Work]:
+    def collective(self: SharedMemoryGroup, *arguments: Any, **named: Any) -> dist.Work:
+        return getattr(self._gloo, name)(*arguments, **named)
+
+    collective.__name__ = name
+    return collective
+
+
+def _by_nobody(name: str) -> Callable[..., dist.Work]:
+    def collective(self: SharedMemoryGroup, *_: Any, **__: Any) -> dist.Work:
+        raise NotImplementedError(f"the {BACKEND} backend has no {name}, as gloo has none")
+
+    collective.__name__ = name
+    return collective
+
+
+# Never what a ProcessGroup inherits: called from Python, that holds the interpreter's lock while it waits for gloo's,
+# and gloo's thread, which frees tensors, waits for the interpreter's while it holds its own.
+for _name in ("allgather", "allgather_coalesced", "allreduce_coalesced", "alltoall", "broadcast", "gather",
+              "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send"):
+    setattr(SharedMemoryGroup, _name, _by_gloo(_name))
+for _name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced", "reduce_scatter_single_coalesced",
+              "reduce_scatter_tensor_coalesced"):
+    setattr(SharedMemoryGroup, _name, _by_nobody(_name))
+
+
+class _Exchange(dist.Work):
+    """One exchange that has begun. own: this rank's piece for itself."""
+
+    def __init__(self, group: SharedMemoryGroup, number: int, take: Callable[[list[Tensor]], None], own: Tensor):
+        super().__init__()
+        self.number, self.take, self.own, self._group = number, take, own, group
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._group._finish(self.number)
+        return True
+
+    def is_completed(self) -> bool:
+        pending = self._group._pending
+        return not pending or pending[0].number > self.number
+
+
+def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """The group through shared memory where all ranks can have it, else gloo's; alike on all ranks."""
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout=timeout)
+    bells = None if size == 1 else _meet(dist.PrefixStore("bells", store), rank, size, timeout.total_seconds())
+    return gloo if bells is None else SharedMemoryGroup(store, rank, size, gloo, bells)
+
+
+def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> dict[int, socket.socket] | None:
+    """A socket to every other rank; None on all ranks, if one of them cannot reach another."""
+    def told(what: str, mine: str) -> list[str]:
+        store.set(f"{what}/{rank}", mine)
+        return [store.get(f"{what}/{other}").decode() for other in range(size)]
+
+    with contextlib.ExitStack() as closing:
+        listener, place = None, ""
+        with contextlib.suppress(OSError, AttributeError):  # no such sockets or files here: said by the empty place
+            folder = closing.enter_context(tempfile.TemporaryDirectory(prefix="watchtower-bells-"))
+            os.close(os.memfd_create("watchtower-probe"))
+            listener = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            listener.bind(f"{folder}/bell")
+            listener.listen(size)
+            place = f"{_boot()} {folder}/bell"
+        places = told("place", place)
+        if not all(places) or len({place.split()[0] for place in places}) > 1:
+            return None
+        bells: dict[int, socket.socket] = {}
+        with contextlib.ExitStack() as failing:
+            try:
+                for other in range(rank):
+                    bell = failing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                    bell.settimeout(timeout_s)
+                    bell.connect(places[other].split(maxsplit=1)[1])
+                    bell.send(_RANK.pack(rank))
+                    bells[other] = bell
+                reached = "yes"
+            except OSError:  # a container of its own, with a file system of its own
+                reached = "no"
+            if "no" in told("reached", reached):
+                return None
+            listener.settimeout(timeout_s)
+            for _ in range(rank + 1, size):
+                bell = failing.enter_context(listener.accept()[0])
+                bell.settimeout(timeout_s)
+                bells[_RANK.unpack(bell.recv(_RANK.size))[0]] = bell
+            failing.pop_all()
+        told("joined", "yes")  # until all are, the folder stays
+        return dict(sorted(bells.items()))
+
+
+def _boot() -> str:
+    """The same for all processes of a running kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _mapped(file: int) -> Tensor:
+    """uint8, the whole file, shared with whoever maps it; it may be closed after."""
+    return torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"the {BACKEND} backend takes contiguous tensors on the CPU, not one on {tensor.device} with "
+                         f"strides {tensor.stride()}")
+    return tensor.detach().view(-1)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return _flat(tensor).view(torch.uint8)
+
+
+def _split(tensor: Tensor, rows: Sequence[int], ranks: int) -> list[Tensor]:
+    """The bytes of so many rows for each rank."""
+    flat, count = _as_bytes(tensor), len(tensor)
+    if not len(rows):
+        if count % ranks:
+            raise ValueError(f"{count} rows are not as many for each of {ranks} ranks")
+        return list(flat.chunk(ranks)) if count else [flat] * ranks
+    if len(rows) != ranks or sum(rows) != count:
+        raise ValueError(f"{list(rows)} rows for {ranks} ranks, of a tensor with {count}")
+    width = len(flat) // count if count else 0
+    return list(flat.split([size * width for size in rows]))
+
+
+def _add_up(out: Tensor, parts_W: list[Tensor]) -> None:
+    """The sum of the parts in rank order; `out` is none of them."""
+    first, *more = (part.view(out.dtype) for part in parts_W)
+    out.copy_(first)
+    for part in more:
+        out.add_(part)
