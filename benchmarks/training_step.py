@@ -2,13 +2,15 @@
 
     python benchmarks/training_step.py [--towers dnn decision_transformer] [--windows 64] [--rounds 7] [--json PATH]
 
-(a) One worker (TorchRec, DeepSpeed, a gloo group of one) against `tests/two_process/plain_reference.py`, on the same
+(a) One worker (TorchRec, DeepSpeed, a process group of one) against `tests/two_process/plain_reference.py`, on the same
 core with the same batches, towers and optimizers: with dense gradients of the tables, as nn.Embedding has them, and
 with sparse ones and an optimizer of its own for them, which is as fast as plain PyTorch gets. (b) Two workers, and four
-where there are as many cores, one thread on a core each, against one worker on one of these cores: weak scaling,
-as many windows a worker (and so twice or four times the negatives a row), as the efficiency: the speed over that
-of one worker times the workers. `same batch` has one global batch for both, which is what changing train.workers
-does. Each as `step` (the batch is there) and as `loop` (batches made on the prefetch thread of the same core).
+where there are as many cores, one thread on a core each, against one worker on one of these cores: weak scaling, as
+many windows a worker, as the efficiency: the speed over that of one worker times the workers. Weak scaling is as much
+work for each, so a row has as many negatives (crm.negative_groups: as many as workers); with the negatives of all, the
+default, it has twice or four times as many. `same batch` has one global batch for both, which is what changing
+train.workers does. Each as `step` (the batch is there) and as `loop` (batches made on the prefetch thread of the same
+core).
 
 All processes live side by side and take turns, so that a busy machine disturbs them alike; a row is the median over
 rounds of the ratio of targets a second. `cpu` is the same ratio by CPU seconds of the busiest process: what is left
@@ -35,19 +37,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "two_process")]
 
 # Windows a worker. From the environment, because every spawned process reads this file anew (--windows sets it).
 WINDOWS = int(os.environ.get("WATCHTOWER_BENCH_WINDOWS", "64"))
-# What runs: windows of a global batch and workers.
-RUNNERS = {"dense": (WINDOWS, 1), "sparse": (WINDOWS, 1), "one": (WINDOWS, 1), "one_large": (2 * WINDOWS, 1),
-           "two": (2 * WINDOWS, 2), "four": (4 * WINDOWS, 4)}
+# What runs: windows of a global batch, workers, and groups of negatives.
+RUNNERS = {"dense": (WINDOWS, 1, 1), "sparse": (WINDOWS, 1, 1), "one": (WINDOWS, 1, 1),
+           "one_large": (2 * WINDOWS, 1, 1), "two": (2 * WINDOWS, 2, 2), "two_whole": (2 * WINDOWS, 2, 1),
+           "four": (4 * WINDOWS, 4, 4), "four_whole": (4 * WINDOWS, 4, 1)}
 PLAIN = ("dense", "sparse")
 # name of the ratio: who, against whom, over how many times its speed, what to reach.
 RATIOS = {"one worker / plain PyTorch, dense embeddings": ("one", "dense", 1, 1.0),
           "one worker / plain PyTorch, sparse gradients": ("one", "sparse", 1, 0.9),
           "two workers, weak scaling efficiency": ("two", "one", 2, 0.9),
           "four workers, weak scaling efficiency": ("four", "one", 4, 0.8),
-          "two workers / one worker, same batch": ("two", "one_large", 1, None)}
+          "two workers, negatives of both, efficiency": ("two_whole", "one", 2, None),
+          "four workers, negatives of all, efficiency": ("four_whole", "one", 4, None),
+          "two workers / one worker, same batch": ("two_whole", "one_large", 1, None)}
 
 
-def run_config(folder: Path, tower: str, batch_rows: int, workers: int):
+def run_config(folder: Path, tower: str, batch_rows: int, workers: int, negative_groups: int = 1):
     from configs.schema import Config
 
     return Config.model_validate({
@@ -55,7 +60,7 @@ def run_config(folder: Path, tower: str, batch_rows: int, workers: int):
                  "target": {"column": "long_view"}, "effective_view": {"column": "effective_view"}},
         "split": {"validation_days": 1, "test_days": 1},
         "crm": {"models": [{"name": tower, "tower": tower}], "tower": {"dim": 64, "history": 32},
-                "tables": {"dim": 64}},
+                "tables": {"dim": 64}, "negative_groups": negative_groups},
         "train": {"workers": workers, "batch_rows": batch_rows, "threads_per_worker": 1, "device": "cpu"}})
 
 
@@ -91,8 +96,8 @@ def _runner(kind, tower, rank, store, folder, steps):
     from trainer.crm_data import CrmData
 
     torch.set_num_threads(1)
-    batch_rows, workers = RUNNERS[kind]
-    config = run_config(folder, tower, batch_rows, workers)
+    batch_rows, workers, negative_groups = RUNNERS[kind]
+    config = run_config(folder, tower, batch_rows, workers, negative_groups)
     data, model = CrmData(config, folder / "run"), config.crm.models[0]
     collation = data.collation(model, training=True)
 
@@ -149,11 +154,12 @@ def _worker_run(data, model, rank, workers, store, folder):
     import torch
     import torch.distributed as dist
 
-    from trainer import loop
+    from trainer import loop, shared_memory
     from trainer.crm_task import CrmTask
     from trainer.workers import Workers
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    shared_memory.register()
+    dist.init_process_group(shared_memory.BACKEND, init_method=f"file://{store}", rank=rank, world_size=workers)
     plan = data.plan(model, 0, 0, data.slices[0])
     task = CrmTask(data, model, 0)
     task.folder = folder / "checkpoints" / Path(store).name
@@ -214,7 +220,7 @@ class Side:
 
 def measure_tower(tower: str, folder: Path, used: list[int | None], rounds: int, steps: int, modes: list[str]) -> dict:
     """{(mode, runner): [(targets/s, targets/CPU s) a round]}"""
-    runners = [kind for kind, (_, workers) in RUNNERS.items() if workers <= len(used)]
+    runners = [kind for kind, (_, workers, _) in RUNNERS.items() if workers <= len(used)]
     sides = {kind: Side(kind, tower, folder, used, steps) for kind in runners}
     found = {(mode, kind): [] for mode in modes for kind in runners}
     try:

@@ -211,6 +211,10 @@ class CrmConfig(Section):
     similarity: Literal["dot", "cosine"] = Field("dot", description="score of a user and an item vector")
     temperature: PositiveFloat = Field(1.0, description="tau of the similarity")
     log_q: bool = Field(True, description="logQ correction of the in-batch softmax")
+    negative_groups: Positive = Field(
+        1, description="groups that the windows of a global batch are dealt into; the negatives of a target are the "
+                       "targets of its group. 1: of the whole batch; as many as workers: no item vector travels, and "
+                       "a step's cost does not grow with them. Results depend on it, not on the workers")
     item_bias: bool = Field(True, description="a learned item bias, started at log q")
 
     @model_validator(mode="after")
@@ -714,6 +718,10 @@ class Config(Section):
             if isinstance(self.train.workers, int) and (model.batch_rows or 0) % self.train.workers:
                 raise ValueError(f"crm.models.{at}.batch_rows ({model.batch_rows}) must be a multiple of train.workers "
                                  f"({self.train.workers}), so that every worker has as many rows")
+            rows = model.batch_rows or self.train.batch_rows
+            if self.crm.negative_groups > rows:
+                raise ValueError(f"crm.negative_groups ({self.crm.negative_groups}) must be at most the windows of a "
+                                 f"global batch, which are {rows} of model {model.name}")
         return self
 
     @field_validator("seeds")

@@ -145,7 +145,8 @@ class Planner:
                 zero_stage=zero_stage(config, kind), low=precision(config, kind) == "bf16",
                 adam=config.train.optimizer == "adamw", index_bytes=plan.index if name == "crm" else 0,
                 index_on_gpu=plan.index_on_gpu and name == "crm", items=sizes.features.item,
-                vector_width=config.crm.tower.dim + 1 if name == "crm" else 0)
+                vector_width=config.crm.tower.dim + 1 if name == "crm" else 0,
+                negative_groups=config.crm.negative_groups if name == "crm" else 1)
             part.models[model.name] = size_up(training, self._trace(plan, name, model), tables)
         return part
 
@@ -287,6 +288,12 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Asked]]:
             rows //= 2
             yield with_keys(f"train.batch_rows={rows}", f"train.batch_rows={rows}")
 
+    def apart() -> Iterator[tuple[str, Asked]]:
+        groups = config.crm.negative_groups
+        while groups < asked.devices:
+            groups = min(2 * groups, asked.devices)
+            yield with_keys(f"crm.negative_groups={groups}", f"crm.negative_groups={groups}")
+
     def on_host() -> Iterator[tuple[str, Asked]]:
         if plan.index_on_gpu:
             yield with_keys("index.device=cpu", "index.device=cpu")
@@ -299,7 +306,7 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Asked]]:
 
     remedies: dict[str, list[Callable[[], Iterator[tuple[str, Asked]]]]] = {
         "tables": [tables], "table_optimizer": [tables], "lookups": [wide, smaller], "towers": [towers, low],
-        "activations": [low, smaller], "index": [on_host],
+        "activations": [low, smaller, apart], "index": [on_host],
         "item_vectors": [on_host, lambda: narrow("crm", "tower.dim", config.crm.tower.dim)]}
     tried: set[str] = set()
     for name in [*(name.split(" ")[0] for name in order), *remedies]:

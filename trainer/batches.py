@@ -26,8 +26,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.conditions import WatchBuckets, returns
 from trainer.dropout import place_keys
-from trainer.losses import softmax_columns
-from trainer.windows import BatchRows, TargetViews, target_rows
+from trainer.losses import Columns, softmax_columns
+from trainer.windows import BatchRows, TargetViews, target_counts, target_rows
 
 GAP_BUCKETS = 32
 GAP_MAX_S = 30 * 86_400.0
@@ -66,11 +66,13 @@ class WindowBatch:
     else the log bucket of the time since the last view. read_R: the packed positions that user vectors are read at,
     the targets in training and the last ones of requests. user_B: user ids, for messages. row_B: the window's row in
     the batch of all workers. windows, positions: B, P.
-    targets_per_rank: targets of each worker in this global batch. Their distinct items are the columns of the softmax,
-    in rank order of who gives their vectors (losses.Columns): column_log_q_G (float32), column_count_G (float32, how
-    many targets are this item); columns_per_rank: how many are each worker's; column_item_N: index into the items of
-    those that are this one's. target_column_R: where among them the target of each position that is read lies. Empty in
-    a batch of requests.
+    targets_per_rank: targets of each worker in this global batch. They are read group by group, targets_per_group of
+    each group that this worker has a window of, and scored with that group's columns, columns_per_group of them
+    (losses.Columns): column_log_q_G (float32), column_count_G (float32, how many targets are this item), and
+    column_arrival_G, where among the vectors that arrive each lies. given_item_S: index into the items of those whose
+    vectors this worker gives; given_per_rank, columns_per_rank, columns_travel: how many to and from each worker, and
+    whether any. target_column_R: where among the group's columns the target of each position that is read lies. Empty
+    in a batch of requests.
     """
 
     items: ItemBatch
@@ -86,10 +88,15 @@ class WindowBatch:
     windows: int
     positions: int
     targets_per_rank: list[int]
-    columns_per_rank: list[int]
+    targets_per_group: list[int]
+    columns_per_group: list[int]
     column_log_q_G: Tensor
     column_count_G: Tensor
-    column_item_N: Tensor
+    column_arrival_G: Tensor
+    given_item_S: Tensor
+    given_per_rank: list[int]
+    columns_per_rank: list[int]
+    columns_travel: bool
     target_column_R: Tensor
 
     @property
@@ -175,7 +182,8 @@ class Collation:
 
     kind: what W_i is ("next", "to_go", "prefix", "none"). buckets: how a watch time is encoded. dropout: share of
     conditions dropped to the unknown bucket in training. utc_offset_ms: where a day begins, for the hour.
-    positions: the most a window has.
+    positions: the most a window has. negative_groups: groups that the windows of a global batch are dealt into, row by
+    row in turn; the targets of a group are each other's negatives.
     """
 
     kind: str
@@ -183,6 +191,7 @@ class Collation:
     dropout: float
     utc_offset_ms: int
     positions: int
+    negative_groups: int = 1
 
     def window_batch(self, features: ItemFeatures, rows: BatchRows, rng: np.random.Generator) -> WindowBatch:
         """Training windows with their targets.
@@ -192,19 +201,16 @@ class Collation:
         window of the unknown item without a target.
         """
         keep_GP = rng.random((rows.global_rows, self.positions)) >= self.dropout
-        if rows.target_row_by_rank:
-            target_row_by_rank, rank = rows.target_row_by_rank, rows.rank
-        else:
-            target_row_by_rank, rank = [target_rows(rows.parts)], 0
+        softmax, targets_per_rank = self._columns(rows)
         if not rows.parts:
-            return self._empty(features, target_row_by_rank, rank)
+            return self._empty(features, softmax, targets_per_rank)
         pieces = [self._gather(views, w.begin_W, w.end_W, w.first_target_W) for views, w in rows.parts]
         columns = {name: _stack([piece[name] for piece in pieces]) for name in pieces[0]}
         length_B = columns["length"]
         keep_BP = keep_GP[rows.rank::rows.workers, :columns["item_row"].shape[1]]
         condition_BP = np.where(keep_BP, columns["watch_s"], np.nan)
         columns["row"] = rows.rank + np.arange(len(length_B)) * rows.workers
-        return self._finish(features, columns, condition_BP, length_B, columns["target"], target_row_by_rank, rank)
+        return self._finish(features, columns, condition_BP, length_B, columns["target"], softmax, targets_per_rank)
 
     def request_batch(self, features: ItemFeatures, views: TargetViews, begin_Q: np.ndarray, end_Q: np.ndarray,
                       time_ms_Q: np.ndarray, condition_Q: np.ndarray,
@@ -221,6 +227,20 @@ class Collation:
         last_BP = np.arange(condition_BP.shape[1]) == (length_B - 1)[:, None]
         condition_BP[last_BP] = condition_Q
         return self._finish(features, columns, condition_BP, length_B, last_BP)
+
+    def _columns(self, rows: BatchRows) -> tuple[Columns, list[int]]:
+        """Of the softmax, and the targets of every worker."""
+        if rows.target_row_by_rank:
+            target_row_by_rank, counts_by_rank, rank = rows.target_row_by_rank, rows.targets_by_rank, rows.rank
+        else:
+            target_row_by_rank, counts_by_rank, rank = [target_rows(rows.parts)], [target_counts(rows.parts)], 0
+        group_by_rank = None
+        if self.negative_groups > 1:
+            workers = len(counts_by_rank)
+            group_by_rank = [np.repeat((worker + np.arange(len(counts)) * workers) % self.negative_groups, counts)
+                             for worker, counts in enumerate(counts_by_rank)]
+        return (softmax_columns(target_row_by_rank, rank, group_by_rank),
+                [len(of_worker) for of_worker in target_row_by_rank])
 
     def _gather(self, views: TargetViews, begin_B, end_B, first_target_B, request_time_ms=None,
                 request_ordinal=None) -> dict:
@@ -250,7 +270,7 @@ class Collation:
                 "user": views.user_id_U[owner_B]}
 
     def _finish(self, features: ItemFeatures, columns: dict, condition_BP, length_B, read_BP,
-                target_row_by_rank: Sequence[np.ndarray] = (), rank: int = 0) -> WindowBatch:
+                softmax: Columns | None = None, targets_per_rank: Sequence[int] = ()) -> WindowBatch:
         inside_BP, time_BP = columns["inside"], columns["time"]
         unknown_time_BP = columns["ordinal"] | ~inside_BP
         hour_BP = np.where(unknown_time_BP, 0, 1 + (time_BP + self.utc_offset_ms) // 3_600_000 % HOURS)
@@ -270,30 +290,36 @@ class Collation:
             return torch.from_numpy(values_BP.ravel()[place_V].astype(np.int64))
 
         row_U, item_V = np.unique(columns["item_row"].ravel()[place_V], return_inverse=True)
-        softmax = softmax_columns(target_row_by_rank, rank)
+        read_R = np.flatnonzero(read_BP.ravel()[place_V])
+        if softmax is None:
+            softmax = softmax_columns([np.zeros(0, np.int64)], 0)
+        else:
+            read_R = read_R[softmax.order_B]
         return WindowBatch(
             items=features.take(row_U.astype(np.int64), np.asarray(columns["user"], np.int64)),
             place_V=torch.from_numpy(place_V),
             item_V=torch.from_numpy(item_V.ravel().astype(np.int64)),
             watch_bucket_V=packed(self.buckets.encode(columns["watch_s"])),
             condition_bucket_V=packed(self.buckets.encode(wanted_BP)), hour_V=packed(hour_BP), gap_V=packed(gap_BP),
-            read_R=torch.from_numpy(np.flatnonzero(read_BP.ravel()[place_V])),
+            read_R=torch.from_numpy(read_R),
             user_B=torch.from_numpy(np.asarray(columns["user"], dtype=np.int64)),
             row_B=torch.from_numpy(columns.get("row", np.arange(len(inside_BP)))),
             windows=len(inside_BP), positions=inside_BP.shape[1],
-            targets_per_rank=[len(rows) for rows in target_row_by_rank], columns_per_rank=softmax.per_rank,
+            targets_per_rank=list(targets_per_rank), targets_per_group=softmax.rows_per_group,
+            columns_per_group=softmax.columns_per_group,
             column_log_q_G=torch.from_numpy(features.log_q_N[softmax.row_G]),
-            column_count_G=torch.from_numpy(softmax.count_G),
-            column_item_N=torch.from_numpy(np.searchsorted(row_U, softmax.of_rank(rank))),
-            target_column_R=torch.from_numpy(softmax.column_B))
+            column_count_G=torch.from_numpy(softmax.count_G), column_arrival_G=torch.from_numpy(softmax.arrival_G),
+            given_item_S=torch.from_numpy(np.searchsorted(row_U, softmax.given_S)),
+            given_per_rank=softmax.sent_per_rank, columns_per_rank=softmax.received_per_rank,
+            columns_travel=softmax.travels, target_column_R=torch.from_numpy(softmax.column_B))
 
-    def _empty(self, features: ItemFeatures, target_row_by_rank: list[np.ndarray], rank: int) -> WindowBatch:
+    def _empty(self, features: ItemFeatures, softmax: Columns, targets_per_rank: list[int]) -> WindowBatch:
         columns = {"item_row": np.zeros((1, 1), np.int64), "watch_s": np.full((1, 1), np.nan),
                    "time": np.zeros((1, 1), np.int64), "ordinal": np.ones((1, 1), bool),
                    "inside": np.ones((1, 1), bool), "target": np.zeros((1, 1), bool),
                    "length": np.ones(1, np.int64), "user": np.zeros(1, np.int64)}
         return self._finish(features, columns, columns["watch_s"], columns["length"], columns["target"],
-                            target_row_by_rank, rank)
+                            softmax, targets_per_rank)
 
 
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:

@@ -24,7 +24,7 @@ from configs.schema import CrmConfig, ModelConfig, RouterConfig
 from embeddings.similarity import Similarity
 from embeddings.tables import TableSpec
 from trainer.batches import ItemBatch, WindowBatch
-from trainer.losses import gather_with_gradient, in_batch_softmax
+from trainer.losses import exchange_with_gradient, gather_with_gradient, in_batch_softmax
 from trainer.towers import DecisionTransformerTower, DnnTower, ItemEncoder, ItemTower, RequestEncoder, ViewEncoder
 
 
@@ -102,18 +102,36 @@ class CrmModel(nn.Module):
         return self.query_vectors(batch, tables)
 
     def loss(self, batch: WindowBatch, tables: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """In-batch softmax over the targets of all workers (Eq. 2) at every target position."""
+        """In-batch softmax over the targets of all workers (Eq. 2), or of the groups they are in, at every target
+        position."""
         hidden_UD = self.items(batch.items, tables)
-        user_RD = self._users(hidden_UD, batch, tables)
+        user_RD = self._users(hidden_UD, batch, tables).float()
         vector_UD, delta_U = self.item_tower(hidden_UD)
-        # One gather for the vectors and the bias: collectives on a CPU cost more than their bytes.
+        # One exchange for the vectors and the bias: collectives on a CPU cost more than their bytes.
         item_UE = torch.cat([vector_UD, delta_U[:, None] * self.item_bias], dim=1).float()
-        item_GE = gather_with_gradient(F.embedding(batch.column_item_N, item_UE), rows_per_rank=batch.columns_per_rank)
-        log_q_G = batch.column_log_q_G
-        bias_G = item_GE[:, -1] + (log_q_G if self.item_bias else 0.0)
-        logits_RG = self.similarity.scores(user_RD.float(), item_GE[:, :-1], bias_G)
-        return in_batch_softmax(logits_RG, batch.target_column_R, log_q_G=log_q_G if self.log_q else None,
-                                count_G=batch.column_count_G, total_weight=float(sum(batch.targets_per_rank)))
+        item_GE = self._columns(F.embedding(batch.given_item_S, item_UE), batch)
+        total, losses, extras = float(sum(batch.targets_per_rank)), [], []
+        begin, first = 0, 0
+        for rows, columns in zip(batch.targets_per_group, batch.columns_per_group, strict=True):
+            end, last = begin + rows, first + columns
+            log_q_G = batch.column_log_q_G[first:last]
+            bias_G = item_GE[first:last, -1] + (log_q_G if self.item_bias else 0.0)
+            logits_RG = self.similarity.scores(user_RD[begin:end], item_GE[first:last, :-1], bias_G)
+            loss, told = in_batch_softmax(
+                logits_RG, batch.target_column_R[begin:end], log_q_G=log_q_G if self.log_q else None,
+                count_G=batch.column_count_G[first:last], total_weight=total)
+            losses.append(loss)
+            extras.append(told)
+            begin, first = end, last
+        return sum(losses[1:], losses[0]), {name: sum(told[name] for told in extras) for name in extras[0]}
+
+    def _columns(self, given_SE: Tensor, batch: WindowBatch) -> Tensor:
+        """What the workers give each other, as this one's columns: float (G, E)."""
+        if not batch.given_per_rank:  # each to all
+            return gather_with_gradient(given_SE, rows_per_rank=batch.columns_per_rank)
+        arrived_GE = exchange_with_gradient(given_SE, sent_per_rank=batch.given_per_rank,
+                                            received_per_rank=batch.columns_per_rank, travels=batch.columns_travel)
+        return arrived_GE if len(batch.columns_per_group) == 1 else F.embedding(batch.column_arrival_G, arrived_GE)
 
     def index_vectors(self, items: ItemBatch, tables: dict[str, Tensor]) -> Tensor:
         """float32 (U, D + 1): what the index holds of these items."""

@@ -127,7 +127,8 @@ class CrmData:
         return Collation(kind=model.condition, buckets=self.buckets,
                          dropout=self.config.crm.condition.dropout if training else 0.0,
                          utc_offset_ms=int(self.config.data.utc_offset_h * 3_600_000),
-                         positions=self.config.crm.tower.history + 1)
+                         positions=self.config.crm.tower.history + 1,
+                         negative_groups=self.config.crm.negative_groups)
 
     @cached_property
     def statistics(self) -> TargetStatistics:

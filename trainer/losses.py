@@ -1,16 +1,17 @@
 """In-batch sampled softmax over the negatives of all workers: the loss that joins the user tower to the item tower.
 
-Every positive of the global batch is a negative of every other row. Popular items turn up as negatives more often, so
-each logit is lowered by log q (logQ correction). Written over positives:
+Every positive of the global batch is a negative of every other row, or, where the batch is dealt into groups, of every
+other row of its group: fewer negatives, but their number, and what travels, do not grow with the workers. Popular items
+turn up as negatives more often, so each logit is lowered by log q (logQ correction). Written over positives:
 
     L = -1/sum_i w_i  sum_i w_i log( exp(s_i,t(i) - log q_t(i)) / sum_j exp(s_ij - log q_j) ),   s_ij = score(u_i, v_j)
 
-with i over the rows of all workers, j over the positives of all workers, t(i) row i's own one and w_i the row's weight
+with i over the rows of all workers, j over the positives of i's group, t(i) row i's own one and w_i the row's weight
 (1 when none is given). A positive j of the same item as t(i) but of another row is no negative (an accidental hit) and
 is left out for row i. CRM (arXiv:2412.13844, Eq. 2) changes what u_i is conditioned on, not this loss. Correction: Yi
 et al., RecSys 2019.
 
-Computed is the same sum over the distinct items of the global batch, which may be far fewer than its positives: every
+Computed is the same sum over the distinct items of the group, which may be far fewer than its positives: every
 item is one column, n_j is how many positives it stands for, and accidental hits need no mask, for the own column counts
 once whatever its n is:
 
@@ -26,8 +27,8 @@ Both halves of the model average gradients over workers (DeepSpeed the towers, T
 on a worker is therefore scaled by the number of workers over the global weight: the mean of the workers' losses, and
 of their gradients, is that of L above, exactly, also when the workers' rows or weights are unequal.
 
-Shape suffixes: B = local rows, N = local columns, G = columns of all workers, D = vector width, W = workers, P =
-positives of all workers.
+Shape suffixes: B = local rows, N = local columns, G = columns of the local rows' groups, S = vectors sent, D = vector
+width, W = workers, P = positives of all workers.
 """
 
 from collections.abc import Sequence
@@ -67,50 +68,111 @@ def gather_with_gradient(x_ND: Tensor, *, rows_per_rank: list[int], group: dist.
     return x_ND if world_size == 1 else _GatherRows.apply(x_ND, rows_per_rank, group)
 
 
+def exchange_with_gradient(x_SD: Tensor, *, sent_per_rank: list[int], received_per_rank: list[int], travels: bool,
+                           group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rows to those workers that want them, differentiable: the gradient of a row sent twice is the sum of both.
+
+    Args:
+        x_SD: float (S, ...), rows for each worker in rank order. sent_per_rank, received_per_rank: how many go to and
+            come from each worker. travels: whether any worker sends a row to another; all must say the same, and no
+            collective is called where none does.
+        group: the workers; None is all of them.
+
+    Returns:
+        float (G, ...), the rows of each worker for this one in rank order.
+
+    Raises:
+        ValueError: if the counts do not fit the group or the rows.
+    """
+    world_size = _world_size(group)
+    if not len(sent_per_rank) == len(received_per_rank) == world_size or sum(sent_per_rank) != x_SD.shape[0]:
+        raise ValueError(f"{sent_per_rank} rows for and {received_per_rank} of {world_size} workers, but "
+                         f"{x_SD.shape[0]} are there")
+    if not travels:
+        return x_SD
+    return _ExchangeRows.apply(x_SD, sent_per_rank, received_per_rank, group)
+
+
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a global batch: its distinct items, each with the worker that gives its vector.
+    """What one worker's rows are scored with: the distinct items of their groups, each with the worker that gives its
+    vector.
 
-    row_G: int64, the item of each column, those of the first worker first. count_G: float32, positives that are this
-    item. per_rank: how many columns each worker gives. column_B: int64, where each of this worker's rows has its own
-    positive among the columns.
+    order_B: int64, this worker's rows group by group; rows_per_group: how many are of each. row_G: int64, the item of
+    each column, group by group as the rows; columns_per_group. count_G: float32, positives of the group that are this
+    item. column_B: int64, for each row in `order_B` where its own positive lies among its group's columns.
+    given_S: int64, the items whose vectors this worker gives. Without groups each goes to all workers, and
+    sent_per_rank is empty; else they stand in the order of who gets them, an item for each group it is in, and
+    sent_per_rank says how many those are. received_per_rank: how many come from each; arrival_G: int64, which of those
+    each column is. travels: whether any vector goes from one worker to another, alike on all.
     """
 
+    order_B: np.ndarray
+    rows_per_group: list[int]
     row_G: np.ndarray
+    columns_per_group: list[int]
     count_G: np.ndarray
-    per_rank: list[int]
     column_B: np.ndarray
+    given_S: np.ndarray
+    sent_per_rank: list[int]
+    received_per_rank: list[int]
+    arrival_G: np.ndarray
+    travels: bool
 
-    def of_rank(self, rank: int) -> np.ndarray:
-        """int64 (N,), the items whose vectors this worker gives, in ascending order."""
-        return self.row_G[sum(self.per_rank[:rank]) : sum(self.per_rank[: rank + 1])]
 
+def softmax_columns(positive_row_by_rank: Sequence[np.ndarray], rank: int,
+                    group_by_rank: Sequence[np.ndarray] | None = None) -> Columns:
+    """The columns of one worker's rows; what each gives fits what the others expect.
 
-def softmax_columns(positive_row_by_rank: Sequence[np.ndarray], rank: int) -> Columns:
-    """The columns of a global batch, the same on every worker that asks for them.
-
-    An item's vector is given by one of the workers that have it among their positives; where there are several, the
-    item's row decides, so that none gives much more than another.
+    An item's vector is given by one of the workers that have it among the positives of the group; where there are
+    several, the item's row decides, so that none gives much more than another.
 
     Args:
         positive_row_by_rank: by worker, int64, items of its positives in the order of its rows. rank: this worker.
+        group_by_rank: by worker, int64 >= 0, the group of each of these; None: all are of one.
     """
-    workers = len(positive_row_by_rank)
+    workers, grouped = len(positive_row_by_rank), group_by_rank is not None
+    groups_by_rank = group_by_rank or [np.zeros(len(rows), np.int64) for rows in positive_row_by_rank]
     rows_P = np.concatenate([np.zeros(0, np.int64), *positive_row_by_rank])
+    group_P = np.concatenate([np.zeros(0, np.int64), *groups_by_rank])
     holder_P = np.repeat(np.arange(workers), [len(rows) for rows in positive_row_by_rank])
-    pair, count = np.unique(rows_P * max(workers, 1) + holder_P, return_counts=True)
-    row = pair // max(workers, 1)
-    first_G = np.flatnonzero(np.diff(row, prepend=-1))  # items in ascending order
-    item_G, holders_G = row[first_G], np.diff(first_G, append=len(row))
-    owner_G = pair[first_G + item_G % np.maximum(holders_G, 1)] % max(workers, 1)
-    order_G = np.argsort(owner_G, kind="stable")
-    place_G = np.empty_like(order_G)
-    place_G[order_G] = np.arange(len(order_G))
-    own_B = positive_row_by_rank[rank] if workers else rows_P
-    return Columns(row_G=item_G[order_G],
-                   count_G=(np.add.reduceat(count, first_G) if len(first_G) else count)[order_G].astype(np.float32),
-                   per_rank=np.bincount(owner_G, minlength=workers).tolist(),
-                   column_B=place_G[np.searchsorted(item_G, own_B)])
+    height, groups = int(rows_P.max(initial=0)) + 1, int(group_P.max(initial=0)) + 1
+    pair, count = np.unique((group_P * height + rows_P) * workers + holder_P, return_counts=True)
+    item = pair // workers
+    first_C = np.flatnonzero(np.diff(item, prepend=-1))  # columns of all groups, in ascending order of group and item
+    item_C, holders_C = item[first_C], np.diff(first_C, append=len(item))
+    owner_C = pair[first_C + item_C % np.maximum(holders_C, 1)] % workers
+    count_C = np.add.reduceat(count, first_C) if len(first_C) else count
+    group_C = item_C // height
+    wants_WK = np.full((workers, groups), not grouped)
+    if grouped:
+        for worker, of_worker in enumerate(groups_by_rank):
+            wants_WK[worker, of_worker] = True
+
+    mine_G = np.flatnonzero(wants_WK[rank, group_C])
+    mine_G = mine_G[np.lexsort((mine_G, owner_C[mine_G], group_C[mine_G]))]
+    arrival_G = np.empty_like(mine_G)
+    arrival_G[np.lexsort((mine_G, owner_C[mine_G]))] = np.arange(len(mine_G))
+    given_N = np.flatnonzero(owner_C == rank)
+    sent = [given_N[wants_WK[worker, group_C[given_N]]] for worker in range(workers)] if grouped else []
+    own_group_B = groups_by_rank[rank]
+    order_B = np.argsort(own_group_B, kind="stable")
+    local_K = np.unique(own_group_B) if grouped else np.zeros(1, np.int64)
+    columns_K = np.searchsorted(group_C[mine_G], local_K, side="right") - np.searchsorted(group_C[mine_G], local_K)
+    place_C = np.zeros(len(item_C), np.int64)
+    place_C[mine_G] = np.arange(len(mine_G))
+    own_B = np.searchsorted(item_C, own_group_B * height + positive_row_by_rank[rank])[order_B]
+    begin_K = np.cumsum(columns_K) - columns_K
+    column_B = place_C[own_B] - begin_K[np.searchsorted(local_K, own_group_B[order_B])] if len(own_B) else own_B
+    return Columns(
+        order_B=order_B, rows_per_group=np.bincount(np.searchsorted(local_K, own_group_B),
+                                                    minlength=max(1, len(local_K))).tolist(),
+        row_G=item_C[mine_G] % height, columns_per_group=columns_K.tolist() or [0],
+        count_G=count_C[mine_G].astype(np.float32), column_B=column_B,
+        given_S=item_C[np.concatenate(sent) if grouped else given_N] % height,
+        sent_per_rank=[len(to_worker) for to_worker in sent],
+        received_per_rank=np.bincount(owner_C[mine_G], minlength=workers).tolist(), arrival_G=arrival_G,
+        travels=bool((wants_WK.sum(axis=0)[group_C] > 1).any()))
 
 
 def in_batch_softmax(
@@ -211,8 +273,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, gradient_GD: Tensor) -> tuple[Tensor, None, None]:
         rows_per_rank, group = ctx.rows_per_rank, ctx.group
         mine = rows_per_rank[dist.get_rank(group)]
-        if dist.get_backend(group) == "gloo":
-            # Its reduce-scatter is an all-reduce and a cut: twice the bytes, and it wants equal parts.
+        if gradient_GD.device.type == "cpu":
+            # Gloo's reduce-scatter is an all-reduce and a cut: twice the bytes, and it wants equal parts.
             asked = gradient_GD.new_empty(len(rows_per_rank) * mine, *gradient_GD.shape[1:])
             dist.all_to_all_single(asked, gradient_GD.contiguous(), output_split_sizes=[mine] * len(rows_per_rank),
                                    input_split_sizes=rows_per_rank, group=group)
@@ -229,6 +291,25 @@ class _GatherRows(torch.autograd.Function):
         if most > 0:
             _reduce_scatter(reduced, padded, group=group)
         return reduced[:mine], None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    """All-to-all of rows; backward is the way back."""
+
+    @staticmethod
+    def forward(ctx, x_SD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(x_SD, sent, received, group)
+
+    @staticmethod
+    def backward(ctx, gradient_GD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient_GD, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchanged(x_SD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    arrived = x_SD.new_empty(sum(received), *x_SD.shape[1:])
+    dist.all_to_all_single(arrived, x_SD.contiguous(), output_split_sizes=received, input_split_sizes=sent, group=group)
+    return arrived
 
 
 def _gather_rows(x: Tensor, rows_per_rank: list[int], group: dist.ProcessGroup | None) -> Tensor:

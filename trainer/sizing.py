@@ -88,7 +88,8 @@ class Training:
         device, devices, per_node: what there would be.
         rows: of the global batch. zero_stage, low (bfloat16 towers), adam (else SGD): of `train`.
         index_bytes: of the FAISS index; on_gpu: whether it lies in the first device's memory.
-        items: of the catalogue. vector_width: of an index vector; 0 for a model without an index.
+        items: of the catalogue. vector_width: of an index vector; 0 for a model without an index. negative_groups: that
+            the rows of the global batch are dealt into for the softmax.
         shares: what is counted on.
     """
 
@@ -103,6 +104,7 @@ class Training:
     index_on_gpu: bool
     items: int
     vector_width: int
+    negative_groups: int = 1
     shares: Shares = Shares()
 
     @property
@@ -181,11 +183,13 @@ def size_up(training: Training, trace: StepTrace, tables: Sequence[PlacedTable])
     ids = {name: count * rows for name, count in trace.ids_per_row.items()}
     targets = trace.targets_per_row * rows
     # A column is a distinct item. How many are distinct the log decides; all of them, up to the catalogue, is the most.
-    columns = min(targets * devices, float(training.items + 1))
+    columns = min(targets * devices / training.negative_groups, float(training.items + 1))
     logits = targets * columns
     served_D = _served(tables, ids, devices)  # floats
     asked = sum(ids[table.name] * table.dim for table in tables)
-    gathered = columns * trace.gathered_width * FLOAT_BYTES
+    # Rows are dealt to devices and to groups in turn, so a device has rows of so many groups, and the columns of each.
+    groups = training.negative_groups / math.gcd(training.negative_groups, devices)
+    gathered = columns * groups * trace.gathered_width * FLOAT_BYTES
     memory_D = {
         "tables": sum(table.weight_bytes(devices) for table in tables).astype(float),
         "table_optimizer": sum(table.state_bytes(devices) for table in tables).astype(float),
@@ -252,7 +256,7 @@ def _step_seconds(training: Training, trace: StepTrace, tables: Sequence[PlacedT
         "towers": tower_flops / (low_peak * shares.matrix_products),
         "softmax": loss_flops / (device.flops * shares.matrix_products)
         + logits * FLOAT_BYTES * SOFTMAX_PASSES / (device.memory_bandwidth * shares.softmax),
-        "gather": 2 * gathered * elsewhere / _ring(training),
+        "gather": 2 * gathered * (1 - math.gcd(training.negative_groups, devices) / devices) / _ring(training),
         "all_reduce": reduced / _ring(training),
         "latency": 0.0 if devices == 1 else (
             (COLLECTIVES_A_SHARDING * kinds + OTHER_COLLECTIVES) * latency

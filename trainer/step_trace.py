@@ -96,8 +96,10 @@ def trace_crm(config: Config, model: ModelConfig, sizes: FeatureSizes, tags_per_
             watch_bucket_V=place_V % (buckets + 1), condition_bucket_V=place_V % (buckets + 1),
             hour_V=place_V % (HOURS + 1), gap_V=place_V % 2, read_R=read_R, user_B=torch.arange(rows),
             row_B=torch.arange(rows), windows=rows, positions=positions, targets_per_rank=[len(read_R)],
-            columns_per_rank=[len(read_R)], column_log_q_G=torch.zeros(len(read_R)),
-            column_count_G=torch.ones(len(read_R)), column_item_N=read_R, target_column_R=torch.arange(len(read_R)))
+            targets_per_group=[len(read_R)], columns_per_group=[len(read_R)],
+            column_log_q_G=torch.zeros(len(read_R)), column_count_G=torch.ones(len(read_R)),
+            column_arrival_G=torch.arange(len(read_R)), given_item_S=read_R, given_per_rank=[],
+            columns_per_rank=[len(read_R)], columns_travel=False, target_column_R=torch.arange(len(read_R)))
 
     return _trace(module, batch_of, config.crm.tables.dim, sizes, _ids(config.crm, sizes, positions, tags_per_item),
                   targets, tower.dim + 1, on_gpu=on_gpu)

@@ -185,8 +185,9 @@ class BatchRows:
 
     parts: (views, windows) pairs, empty where a small last batch has no row for this worker; global_rows: windows of
     the whole global batch, of which rows rank, rank + workers, .. are here. target_row_by_rank: item rows of the
-    targets of every worker, int64 each, in the order of the worker's own batch; every worker knows the whole plan, so
-    the columns of the softmax need not be asked for. None: one worker, whose targets are those of `parts`.
+    targets of every worker, int64 each, in the order of the worker's own batch; targets_by_rank: how many each of its
+    windows has. Every worker knows the whole plan, so the columns of the softmax need not be asked for. None: one
+    worker, whose targets are those of `parts`.
     """
 
     parts: list[tuple[TargetViews, Windows]]
@@ -194,6 +195,7 @@ class BatchRows:
     rank: int
     workers: int
     target_row_by_rank: list[np.ndarray] | None = None
+    targets_by_rank: list[np.ndarray] | None = None
 
 
 def target_rows(parts: list[tuple[TargetViews, Windows]]) -> np.ndarray:
@@ -205,6 +207,12 @@ def target_rows(parts: list[tuple[TargetViews, Windows]]) -> np.ndarray:
         shift_W = first_W - (np.cumsum(count_W) - count_W)
         rows.append(views.item_row_E[np.repeat(shift_W, count_W) + np.arange(count_W.sum())])
     return np.concatenate(rows)
+
+
+def target_counts(parts: list[tuple[TargetViews, Windows]]) -> np.ndarray:
+    """int64, how many views each window predicts."""
+    counts = [windows.end_W - np.maximum(windows.first_target_W, windows.begin_W) for _, windows in parts]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
 
 
 class EpochPlan:
@@ -246,9 +254,9 @@ class EpochPlan:
             while held >= self.batch_rows:
                 taken, waiting = _split(waiting, self.batch_rows)
                 held -= self.batch_rows
-                yield _mine(taken, rank, workers, self.batch_rows)
+                yield _mine(_by_length(taken), rank, workers, self.batch_rows)
         if held:
-            yield _mine(waiting, rank, workers, held)
+            yield _mine(_by_length(waiting), rank, workers, held)
 
     def _shuffled(self, number: int, group: np.ndarray) -> Iterator[tuple[TargetViews, Windows]]:
         """The group's windows in random order, as runs of one shard each."""
@@ -289,9 +297,17 @@ def _split(parts, rows):
     return taken, left
 
 
+def _by_length(parts):
+    """The windows of each part by their length. Dealt out in turn, they give every worker about as many views: what two
+    have differs by no more than the longest window of each part, where by chance it grows with their number."""
+    return [(views, windows.take(np.argsort(windows.end_W - windows.begin_W, kind="stable")))
+            for views, windows in parts]
+
+
 def _mine(parts, rank, workers, rows) -> BatchRows:
     dealt = [_dealt(parts, worker, workers) for worker in range(workers)]
-    return BatchRows(dealt[rank], rows, rank, workers, [target_rows(of_worker) for of_worker in dealt])
+    return BatchRows(dealt[rank], rows, rank, workers, [target_rows(of_worker) for of_worker in dealt],
+                     [target_counts(of_worker) for of_worker in dealt])
 
 
 def _dealt(parts, rank, workers):

@@ -146,8 +146,8 @@ def distributed_loss(engine, table, step):
     by_rank = [local_part(step, other, world) for other in range(world)]
     positives = [items[valid].numpy() for _, items, _, valid in by_rank]
     columns = softmax_columns(positives, rank)
-    first_N = [items.tolist().index(item) for item in columns.of_rank(rank)]
-    item_GD = gather_with_gradient(item_ND.float()[first_N], rows_per_rank=columns.per_rank)
+    first_N = [items.tolist().index(item) for item in columns.given_S]
+    item_GD = gather_with_gradient(item_ND.float()[first_N], rows_per_rank=columns.received_per_rank)
     target_B = torch.zeros(len(users), dtype=torch.int64)  # of a row that is padding any column
     target_B[valid] = torch.from_numpy(columns.column_B)
     return in_batch_softmax(user_ND.float() @ item_GD.T, target_B, log_q_G=LOG_Q[columns.row_G],

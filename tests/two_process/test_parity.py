@@ -31,6 +31,8 @@ SHARDINGS = ("table_wise", "row_wise")
 # Every stage with every sharding and every pair of optimizers; the towers take turns, so that each meets every stage.
 CASES = [(TOWERS[(stage + number + (name == "real")) % 2], stage, sharding, name)
          for stage in (0, 1, 2, 3) for number, sharding in enumerate(SHARDINGS) for name in OPTIMIZERS]
+# Negatives of a group: a worker's own, and three groups of which both have windows.
+GROUPED = [("dnn", 0, "row_wise", "sgd", 2), ("decision_transformer", 1, "table_wise", "real", 3)]
 MISTAKES = ("loss_times_ranks", "loss_is_local_mean", "own_columns_only", "columns_averaged", "tables_summed")
 # The softmax does not see what is added to all columns alike: the true gradient is zero, and AdamW steps on noise.
 WITHOUT_GRADIENT = ("item_tower.bias.bias",)
@@ -69,7 +71,7 @@ def made_world():
     return shards, counts, rule, catalogue, log_q_N
 
 
-def batches(rank, workers, steps=STEPS):
+def batches(rank, workers, steps=STEPS, negative_groups=1):
     """This worker's part of the global batches, epoch after epoch."""
     from trainer.batches import Collation, ItemFeatures
     from trainer.conditions import WatchBuckets
@@ -78,7 +80,7 @@ def batches(rank, workers, steps=STEPS):
     shards, counts, rule, catalogue, log_q_N = made_world()
     features = ItemFeatures(catalogue, log_q_N)
     collation = Collation(kind="next", buckets=WatchBuckets(40, 1000.0), dropout=0.2, utc_offset_ms=0,
-                          positions=rule.history + 1)
+                          positions=rule.history + 1, negative_groups=negative_groups)
     made, epoch = [], 0
     while len(made) < steps:
         plan = EpochPlan(shards.__getitem__, counts, rule, batch_rows=BATCH_ROWS, seed=SEED, epoch=epoch,
@@ -105,7 +107,7 @@ def towers(tower, sharding="auto", dropout=0.2):
     return module, table_specs(sizes, config)
 
 
-def plain_run(tower, name, steps=STEPS, dropout=0.2):
+def plain_run(tower, name, steps=STEPS, dropout=0.2, negative_groups=1):
     """Losses, tables and towers of the plain process."""
     from embeddings.tables import initial_rows
 
@@ -113,16 +115,18 @@ def plain_run(tower, name, steps=STEPS, dropout=0.2):
     weights = {spec.name: torch.cat([rows for _, rows in initial_rows(SEED, spec, 0, spec.rows)]) for spec in specs}
     plain = PlainCrm(module, weights, **OPTIMIZERS[name])
     losses = []
-    for step, batch in enumerate(batches(0, 1, steps)):
+    for step, batch in enumerate(batches(0, 1, steps, negative_groups)):
         torch.manual_seed(step)  # as the loop does it, alike on all workers: what is dropped is the same
         losses.append(plain.step(batch))
     tensors = {f"table/{table}": weight.detach().numpy() for table, weight in plain.tables.items()}
     return losses, tensors | {key: value.detach().numpy() for key, value in module.named_parameters()}
 
 
-def _ranks(rank, world, cases, mistakes):
+def _ranks(rank, world, cases, grouped, mistakes):
     sharded = batches(rank, world)
     found = {case: sharded_run(sharded, *case) for case in cases}
+    for case in grouped:
+        found[case] = sharded_run(batches(rank, world, negative_groups=case[-1]), *case[:-1])
     for mistake in mistakes:
         found[mistake] = sharded_run(sharded[:MISTAKE_STEPS], TOWERS[0], 0, "row_wise", "sgd", mistake)
     return found, [len(batch.read_R) for batch in sharded]
@@ -211,7 +215,7 @@ def differences(found, expected, skipped=()):
 
 @pytest.fixture(scope="module")
 def sharded():
-    results = run_ranks(WORLD, _ranks, CASES, MISTAKES, timeout_s=400)
+    results = run_ranks(WORLD, _ranks, CASES, GROUPED, MISTAKES, timeout_s=400)
     return results[0][0], [reads for _, reads in results]
 
 
@@ -243,6 +247,17 @@ def test_the_plain_process_learns(plain):
 def test_two_workers_equal_one_plain_process(sharded, plain, case):
     tower, _, _, name = case
     loss, weight = differences(sharded[0][case], plain[tower, name], WITHOUT_GRADIENT if name == "real" else ())
+    print(f"loss {loss:.1e}, weights {weight:.1e}")
+    assert loss <= LOSS_TOLERANCE
+    assert weight <= WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: "-".join(map(str, case)))
+def test_negatives_of_a_group_are_the_same_on_any_number_of_workers(sharded, plain, case):
+    tower, _, _, name, groups = case
+    expected = plain_run(tower, name, negative_groups=groups)
+    assert differences(expected, plain[tower, name])[0] > 0.1  # fewer negatives are another loss
+    loss, weight = differences(sharded[0][case], expected, WITHOUT_GRADIENT if name == "real" else ())
     print(f"loss {loss:.1e}, weights {weight:.1e}")
     assert loss <= LOSS_TOLERANCE
     assert weight <= WEIGHT_TOLERANCE

@@ -3,6 +3,8 @@
 import math
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from trainer.windows import BatchRows, EpochPlan, WindowRule, Windows, count_win
 
 ITEMS = 12
 NAN = float("nan")
+LOG_Q_N = np.log(np.arange(1, ITEMS + 1) / 100).astype(np.float32)
+LOG_Q = {round(float(value), 5): row for row, value in enumerate(LOG_Q_N)}  # the item by its log q
 
 
 def features(**catalogue):
-    log_q_N = np.log(np.arange(1, ITEMS + 1) / 100).astype(np.float32)
-    return ItemFeatures(made_catalogue(ITEMS, **catalogue), log_q_N)
+    return ItemFeatures(made_catalogue(ITEMS, **catalogue), LOG_Q_N)
 
 
 def collation(kind="next", dropout=0.0, offset_h=0, positions=8):
@@ -102,14 +105,16 @@ def naive_position(c, views, event, i, *, item, watch, time_ms, ordinal, before)
 def told(batch):
     """Windows of (item row, watch bucket, hour, gap, condition bucket, whether it is read)."""
     row_U = batch.items.row_U.numpy()
-    read = set(batch.read_R.tolist())
+    read = set(batch.read_R.tolist())  # group by group of negatives, in order within each
     windows = [[] for _ in range(batch.windows)]
     for v, place in enumerate(batch.place_V.tolist()):
         window, position = divmod(place, batch.positions)
         assert position == len(windows[window])  # from the first position on, without a gap
         windows[window].append((int(row_U[batch.item_V[v]]), int(batch.watch_bucket_V[v]), int(batch.hour_V[v]),
                                 int(batch.gap_V[v]), int(batch.condition_bucket_V[v]), v in read))
-    assert len(read) == len(batch.read_R) and batch.read_R.tolist() == sorted(read)
+    assert len(read) == len(batch.read_R)
+    parts = batch.read_R.split(batch.targets_per_group) if batch.targets_per_rank else [batch.read_R]
+    assert all(part.tolist() == sorted(part.tolist()) for part in parts)
     assert batch.items.row_U.tolist() == sorted({p[0] for w in windows for p in w})  # each item once, none for nothing
     return windows
 
@@ -201,13 +206,14 @@ def test_the_hour_is_that_of_the_local_day():
 # -------------------------------------------------------------------------------------------- any number of workers
 
 @settings(max_examples=30)
-@given(st.sampled_from(["next", "to_go", "prefix"]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
-def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, workers, batch_rows, seed):
+@given(st.sampled_from(["next", "to_go", "prefix"]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99),
+       st.integers(1, 5))
+def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, workers, batch_rows, seed, groups):
     shards = [made_views([9, 5], seed), made_views([4, 11], seed + 1)]
     rule = WindowRule(4, 2)
     plan = EpochPlan(lambda s: shards[s], [count_windows(v, rule) for v in shards], rule, batch_rows=batch_rows,
                      seed=seed, epoch=0, shuffle_shards=1)
-    c, f = collation(kind, 0.5, positions=5), features()
+    c, f = replace(collation(kind, 0.5, positions=5), negative_groups=groups), features()
 
     def walk(rank, count):
         return [c.window_batch(f, rows, np.random.default_rng([seed, step]))
@@ -217,20 +223,28 @@ def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, w
     shared = [walk(rank, workers) for rank in range(workers)]
     for step, batch in enumerate(alone):
         whole = told(batch)
-        targets = [[p[0] for w in whole[rank::workers] for p in w if p[5]] for rank in range(workers)]
+        targets = [[p[0] for p in w if p[5]] for w in whole]  # by window
         assert batch.targets_per_rank == [sum(map(len, targets))] == [len(batch.read_R)]
-        for mine in (shared[rank][step] for rank in range(workers)):  # each knows the columns of all
-            assert mine.targets_per_rank == [len(rows) for rows in targets]
-            assert mine.columns_per_rank == shared[0][step].columns_per_rank
-            for name in ("column_count_G", "column_log_q_G"):
-                assert torch.equal(getattr(mine, name), getattr(shared[0][step], name))
-        column_row_G = np.concatenate([mine.items.row_U[mine.column_item_N]
-                                       for mine in (shared[rank][step] for rank in range(workers))])
-        row_G, count_G = np.unique([row for rows in targets for row in rows], return_counts=True)
-        order_G = np.argsort(column_row_G)
-        assert column_row_G[order_G].tolist() == row_G.tolist()
-        assert shared[0][step].column_count_G[order_G].tolist() == count_G.tolist()
-        np.testing.assert_array_equal(shared[0][step].column_log_q_G, f.log_q_N[column_row_G.astype(int)])
+        counted = [Counter(row for w in targets[g::groups] for row in w) for g in range(groups)]
+        for mine in (batch, *(shared[rank][step] for rank in range(workers))):
+            asked = mine.row_B.tolist() if len(mine.read_R) else []
+            present = sorted({row % groups for row in asked if targets[row]})
+            if groups == 1:
+                present = [0]
+            first = begin = 0
+            assert len(mine.columns_per_group) == max(1, len(present))
+            for g, count, width in zip(present, mine.targets_per_group, mine.columns_per_group, strict=bool(present)):
+                log_q = mine.column_log_q_G[first : first + width].tolist()
+                rows = [LOG_Q[round(value, 5)] for value in log_q]
+                assert dict(zip(rows, mine.column_count_G[first : first + width].tolist(), strict=True)) == counted[g]
+                own = [row for at in asked if at % groups == g for row in targets[at]]
+                assert [rows[at] for at in mine.target_column_R[begin : begin + count].tolist()] == own
+                read = mine.item_V[mine.read_R[begin : begin + count]]
+                assert mine.items.row_U[read].tolist() == own
+                first, begin = first + width, begin + count
+            assert (begin, first) == (len(mine.read_R), len(mine.column_count_G))
+        for mine in (shared[rank][step] for rank in range(workers)):
+            assert mine.targets_per_rank == [sum(len(w) for w in targets[rank::workers]) for rank in range(workers)]
         for rank in range(workers):
             mine = shared[rank][step]
             if rank >= batch.windows:  # no row left for this worker: the unknown item, and no target
@@ -239,7 +253,6 @@ def test_the_rows_of_a_batch_are_the_same_whatever_the_number_of_workers(kind, w
                 continue
             assert told(mine) == whole[rank::workers]
             assert mine.user_B.tolist() == batch.user_B.tolist()[rank::workers]
-            assert column_row_G[mine.target_column_R].tolist() == targets[rank]
 
 
 def test_dropped_conditions_are_about_as_many_as_asked_for_and_leave_watch_times_alone():

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.losses import gather_with_gradient, in_batch_softmax, softmax_columns
+from trainer.losses import exchange_with_gradient, gather_with_gradient, in_batch_softmax, softmax_columns
 
 
-def naive(score, items, log_q, weights):
+def naive(score, items, groups, log_q, weights):
     """The module's first equation, positive by positive and one term at a time; `score(row, item)` with gradient."""
     total = torch.zeros((), dtype=torch.float64)
     for i, own in enumerate(items):
-        terms = [score(i, item) - log_q[item] for j, item in enumerate(items) if j == i or item != own]
+        terms = [score(i, item) - log_q[item] for j, item in enumerate(items)
+                 if groups[j] == groups[i] and (j == i or item != own)]
         total = total - weights[i] * (score(i, own) - log_q[own] - torch.logsumexp(torch.stack(terms), dim=0))
     return total / sum(weights) if sum(weights) > 0 else total * 0.0
 
@@ -26,32 +27,44 @@ def batches(draw):
     workers = draw(st.integers(1, 4))
     by_rank = [draw(st.lists(st.integers(0, 5), max_size=6)) for _ in range(workers)]
     weights = [draw(st.integers(0, 4)) / 2 for rows in by_rank for _ in rows]
+    groups = draw(st.one_of(st.none(), st.integers(1, 5)))
     return {"seed": draw(st.integers(0, 2**31)), "scale": draw(st.sampled_from([0.1, 5.0, 50.0])),
-            "by_rank": by_rank, "weights": weights}
+            "by_rank": [np.array(rows, dtype=np.int64) for rows in by_rank], "weights": weights,
+            "groups": groups and [np.array([draw(st.integers(0, groups - 1)) for _ in rows], dtype=np.int64)
+                                  for rows in by_rank]}
 
 
-@settings(max_examples=150, deadline=None)
+def group_of(batch):
+    """By worker, the group of each row."""
+    return batch["groups"] or [np.zeros(len(rows), dtype=np.int64) for rows in batch["by_rank"]]
+
+
+@settings(max_examples=200, deadline=None)
 @given(batches())
 def test_loss_and_gradient_equal_the_naive_loop(batch):
-    """Over the distinct items, each worker's rows with its own view of the columns, against all positives."""
-    by_rank = [np.array(rows, dtype=np.int64) for rows in batch["by_rank"]]
-    items = [item for rows in batch["by_rank"] for item in rows]
+    """Over the distinct items of a group, each worker's rows with its own columns, against all positives."""
+    by_rank = batch["by_rank"]
+    items, groups = np.concatenate(by_rank).tolist(), np.concatenate(group_of(batch)).tolist()
     generator = torch.Generator().manual_seed(batch["seed"])
     scores64 = (torch.randn(len(items), 6, generator=generator, dtype=torch.float64) * batch["scale"]).requires_grad_()
     log_q = -4.0 * torch.rand(6, generator=generator)
     scores32 = scores64.detach().float().requires_grad_()
 
-    expected = naive(lambda row, item: scores64[row, item], items, log_q.double(), batch["weights"])
+    expected = naive(lambda row, item: scores64[row, item], items, groups, log_q.double(), batch["weights"])
     loss, rows, start = torch.zeros(()), 0.0, 0
     for rank, own in enumerate(by_rank):
-        columns, part = softmax_columns(by_rank, rank), slice(start, start + len(own))
-        item_G = torch.from_numpy(columns.row_G)
-        share, extras = in_batch_softmax(
-            scores32[part][:, item_G], torch.from_numpy(columns.column_B), log_q_G=log_q[item_G],
-            count_G=torch.from_numpy(columns.count_G), weight_B=torch.tensor(batch["weights"][part]),
-            total_weight=sum(batch["weights"]))
-        loss, rows, start = loss + share, rows + extras["rows"].item(), part.stop
-        assert 0 <= extras["hits"] <= extras["rows"]
+        columns = softmax_columns(by_rank, rank, batch["groups"])
+        order = torch.from_numpy(start + columns.order_B)
+        start, begin, first = start + len(own), 0, 0
+        for count, width in zip(columns.rows_per_group, columns.columns_per_group, strict=True):
+            part, item_G = order[begin : begin + count], torch.from_numpy(columns.row_G[first : first + width])
+            share, extras = in_batch_softmax(
+                scores32[part][:, item_G], torch.from_numpy(columns.column_B[begin : begin + count]),
+                log_q_G=log_q[item_G], count_G=torch.from_numpy(columns.count_G[first : first + width]),
+                weight_B=torch.tensor(batch["weights"])[part], total_weight=sum(batch["weights"]))
+            loss, rows, begin, first = loss + share, rows + extras["rows"].item(), begin + count, first + width
+            assert 0 <= extras["hits"] <= extras["rows"]
+        assert (begin, first) == (len(own), len(columns.row_G))
     (expected + 0.0 * scores64.sum()).backward()
     (loss + 0.0 * scores32.sum()).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6, abs=1e-5)
@@ -59,24 +72,55 @@ def test_loss_and_gradient_equal_the_naive_loop(batch):
     assert rows == sum(weight > 0 for weight in batch["weights"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(batches())
-def test_columns_are_the_distinct_items_each_given_by_one_that_has_it(batch):
-    by_rank = [np.array(rows, dtype=np.int64) for rows in batch["by_rank"]]
-    counts = Counter(item for rows in batch["by_rank"] for item in rows)
-    for rank, own in enumerate(by_rank):
-        columns = softmax_columns(by_rank, rank)
-        assert dict(zip(columns.row_G.tolist(), columns.count_G.tolist(), strict=True)) == counts
-        assert columns.row_G[columns.column_B].tolist() == own.tolist()
-        given_by = [columns.of_rank(other).tolist() for other in range(len(by_rank))]
-        assert [len(rows) for rows in given_by] == columns.per_rank
-        assert sum(given_by, []) == columns.row_G.tolist()
-        assert all(rows == sorted(set(rows) & set(by_rank[other].tolist())) for other, rows in enumerate(given_by))
+def test_columns_are_the_distinct_items_of_a_group_each_given_by_one_that_has_it(batch):
+    by_rank, groups = batch["by_rank"], group_of(batch)
+    workers = range(len(by_rank))
+    counts = Counter((int(g), int(item)) for rank in workers
+                     for g, item in zip(groups[rank], by_rank[rank], strict=True))
+    all_columns = [softmax_columns(by_rank, rank, batch["groups"]) for rank in workers]
+    sent = []  # by sender, by receiver: the items
+    for columns in all_columns:
+        ends = np.cumsum(columns.sent_per_rank)
+        sent.append([columns.given_S] * len(by_rank) if batch["groups"] is None
+                    else [part.tolist() for part in np.split(columns.given_S, ends[:-1])])
+        assert not columns.sent_per_rank or ends[-1] == len(columns.given_S)
+    travels = any(len(sent[a][b]) for a in workers for b in workers if a != b) if batch["groups"] else len(workers) > 1
+    for rank, columns in enumerate(all_columns):
+        mine = sorted(set(groups[rank].tolist())) if batch["groups"] else [0]
+        assert columns.rows_per_group == ([int((groups[rank] == g).sum()) for g in mine] or [0])
+        begin, first = 0, 0
+        for g, count, width in zip(mine, columns.rows_per_group, columns.columns_per_group, strict=bool(mine)):
+            items = columns.row_G[first : first + width]
+            told = dict(zip(items.tolist(), columns.count_G[first : first + width].tolist(), strict=True))
+            assert told == {item: count for (group, item), count in counts.items() if group == g}
+            rows = columns.order_B[begin : begin + count]
+            assert items[columns.column_B[begin : begin + count]].tolist() == by_rank[rank][rows].tolist()
+            assert (groups[rank][rows] == g).all() and (np.diff(rows) > 0).all()
+            begin, first = begin + count, first + width
+        # What arrives is what the others send, each vector by one that has the item itself.
+        arrives = np.concatenate([sent[other][rank] for other in workers]).astype(np.int64)
+        assert columns.received_per_rank == [len(sent[other][rank]) for other in workers]
+        assert arrives[columns.arrival_G].tolist() == columns.row_G.tolist()
+        assert set(columns.given_S.tolist()) <= set(by_rank[rank].tolist())
+        if len(columns.columns_per_group) == 1:
+            assert columns.arrival_G.tolist() == list(range(len(arrives)))
+        assert not counts or columns.travels == travels
+
+
+def test_no_vector_travels_where_each_worker_has_a_group_of_its_own():
+    by_rank = [np.array([3, 1, 3]), np.array([1, 2])]
+    alone = [softmax_columns(by_rank, rank, [np.zeros(3, np.int64), np.ones(2, np.int64)]) for rank in (0, 1)]
+    assert not any(columns.travels for columns in alone)
+    assert [columns.sent_per_rank for columns in alone] == [[2, 0], [0, 2]]
+    assert [columns.row_G.tolist() for columns in alone] == [[1, 3], [1, 2]]
+    assert softmax_columns(by_rank, 0, [np.zeros(3, np.int64), np.array([1, 0])]).travels
 
 
 def test_workers_with_the_same_items_give_as_many_each():
     shared = np.arange(90)
-    assert softmax_columns([shared] * 3, 0).per_rank == [30, 30, 30]
+    assert softmax_columns([shared] * 3, 0).received_per_rank == [30, 30, 30]
 
 
 def test_without_options_it_is_plain_cross_entropy():
@@ -139,3 +183,7 @@ def test_one_process_gathers_itself():
     assert gather_with_gradient(x, rows_per_rank=[3]) is x
     with pytest.raises(ValueError, match=r"rows_per_rank is \[2\], but worker 0 of 1 holds 3 rows"):
         gather_with_gradient(x, rows_per_rank=[2])
+    assert exchange_with_gradient(x, sent_per_rank=[3], received_per_rank=[3], travels=False) is x
+    for sent in ([2], [3, 0]):
+        with pytest.raises(ValueError, match="but 3 are there"):
+            exchange_with_gradient(x, sent_per_rank=sent, received_per_rank=[3], travels=False)

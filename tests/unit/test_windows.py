@@ -270,6 +270,19 @@ def test_windows_of_all_shards_of_a_group_are_mixed():
     assert all(len({row[0][0] for row in batch}) > 1 for batch in batches)
 
 
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_have_about_as_many_views_each(workers):
+    """What two of them have of a batch differs by no more than a window; by chance it would be some windows."""
+    rng = np.random.default_rng(0)
+    views, rule = made_views(rng.integers(1, 80, 300).tolist(), 3), WindowRule(history=32, stride=16)
+    plan = EpochPlan(lambda shard: views, [count_windows(views, rule)], rule, batch_rows=128, seed=0, epoch=0,
+                     shuffle_shards=1)
+    has = [[sum(int((w.end_W - w.begin_W).sum()) for _, w in rows.parts) for rows in plan.batches(rank, workers)]
+           for rank in range(workers)]
+    assert plan.steps > 4
+    assert max(max(step) - min(step) for step in zip(*has, strict=True)) <= 33
+
+
 def test_an_epoch_without_a_window_has_no_step():
     empty = made_views([0, 0])
     plan = plan_of([empty, empty], WindowRule(4, 2), 8, 2)
