@@ -143,7 +143,7 @@ def _plain_run(data, model, sparse):
 
     def run(batches):
         for number, batch in enumerate(batches):
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)  # as the loop does it
             plain.step(batch)
             yield batch
 
@@ -169,7 +169,7 @@ def _worker_run(data, model, rank, workers, store, folder):
 
     def run(batches):
         for number, (batch, lookup, upcoming) in enumerate(loop._looked_up(running, batches)):
-            torch.manual_seed(number)
+            torch.default_generator.manual_seed(number)  # as the loop does it
             loop._step(running, batch, lookup, upcoming, position)
             yield batch
 

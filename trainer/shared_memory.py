@@ -165,6 +165,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
             if id(piece) not in laid:
                 laid[id(piece)] = end, piece
                 end += -(-len(piece) // _ALIGN) * _ALIGN
+        self._limit()
         memory, new = self._room(number % SLOTS, end)
         for offset, piece in laid.values():
             memory[offset : offset + len(piece)].copy_(piece)
@@ -206,7 +207,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return memory, file
 
     def _ring(self, rank: int, bell: socket.socket, message: bytes, file: int | None) -> None:
-        self._limit(bell)
         try:
             if file is None:
                 bell.send(message)
@@ -219,10 +219,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def _hear(self, rank: int, number: int) -> Tensor:
         """Waits for the rank's bell; what it laid out for this one."""
-        bell = self._bells[rank]
-        self._limit(bell)
         try:
-            message, files, _, _ = socket.recv_fds(bell, _BELL.size, 1)
+            message, files, _, _ = socket.recv_fds(self._bells[rank], _BELL.size, 1)
         except TimeoutError:
             raise self._broken(f"rank {rank} has not come to the collective for {self._timeout_s:g} s") from None
         except OSError as error:
@@ -243,10 +241,12 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def _timeout_s(self) -> float:
         return self._gloo.options._timeout.total_seconds()
 
-    def _limit(self, bell: socket.socket) -> None:
+    def _limit(self) -> None:
+        """Gives the bells the group's timeout, which may have changed."""
         seconds = self._timeout_s
-        if bell.gettimeout() != seconds:
-            bell.settimeout(seconds)
+        for bell in self._bells.values():
+            if bell.gettimeout() != seconds:
+                bell.settimeout(seconds)
 
     def _broken(self, why: str) -> Exception:
         """The error to raise; no collective of this group works after."""
@@ -324,7 +324,7 @@ def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> dict[int
             listener = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             listener.bind(f"{folder}/bell")
             listener.listen(size)
-            place = f"{_boot()} {folder}/bell"
+            place = f"{_host()} {folder}/bell"
         places = told("place", place)
         if not all(places) or len({place.split()[0] for place in places}) > 1:
             return None
@@ -352,9 +352,11 @@ def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> dict[int
         return dict(sorted(bells.items()))
 
 
-def _boot() -> str:
-    """The same for all processes of a running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+def _host() -> str:
+    """The same for all processes of one kernel and one network: what has another address is another host, though a
+    socket's file may be reached from there."""
+    network = os.stat("/proc/self/ns/net")
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{network.st_dev}-{network.st_ino}"
 
 
 def _mapped(file: int) -> Tensor:

@@ -70,6 +70,7 @@ def main(folder: str) -> None:
         from ray.train import RunConfig, ScalingConfig
 
         from launch.worker_group import WorkerGroupTrainer, torch_config
+        from trainer.shared_memory import BACKEND
 
         gcs = ray.get_runtime_context().gcs_address
         callers = intruders(gcs)
@@ -77,7 +78,7 @@ def main(folder: str) -> None:
         watcher.start()
         WorkerGroupTrainer(worker, train_loop_config={"folder": folder}, scaling_config=ScalingConfig(num_workers=2),
                            run_config=RunConfig(name="listeners", storage_path=os.path.join(folder, "ray")),
-                           torch_config=torch_config("gloo", 120, own_folder())).fit()
+                           torch_config=torch_config(BACKEND, 120, own_folder())).fit()
         watcher.join()
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         answers = {name: "inside" in caller.communicate(timeout=200)[0] for name, caller in callers.items()}
