@@ -719,9 +719,10 @@ class Config(Section):
                 raise ValueError(f"crm.models.{at}.batch_rows ({model.batch_rows}) must be a multiple of train.workers "
                                  f"({self.train.workers}), so that every worker has as many rows")
             rows = model.batch_rows or self.train.batch_rows
-            if self.crm.negative_groups > rows:
-                raise ValueError(f"crm.negative_groups ({self.crm.negative_groups}) must be at most the windows of a "
-                                 f"global batch, which are {rows} of model {model.name}")
+            if self.crm.negative_groups > 1 and 2 * self.crm.negative_groups > rows:
+                raise ValueError(f"crm.negative_groups ({self.crm.negative_groups}) leaves groups of one window, whose "
+                                 f"targets have hardly a negative: at most half of the {rows} windows of a global "
+                                 f"batch of model {model.name}, {rows // 2}")
         return self
 
     @field_validator("seeds")

@@ -461,12 +461,12 @@ def _scratch(low_U, high_U, longest_list):  # pragma: no cover - compiled
 @numba.njit(cache=True, nogil=True)
 def _taken_slots(key_S, mask, neighbor_L, begin, end, taken_L):  # pragma: no cover - compiled
     """Places of a list whose slot in the table is taken, so that they may be there, counted from begin; how many."""
-    taken = 0
-    for place in range(begin, end):
+    taken = np.uint64(0)
+    for place in range(np.uint64(begin), np.uint64(end)):
         slot = ((np.uint32(neighbor_L[place]) * np.uint32(2654435769)) >> np.uint32(11)) & mask
-        taken_L[taken] = place - begin
-        taken += key_S[slot] != 0
-    return taken
+        taken_L[taken] = place - np.uint64(begin)
+        taken += np.uint64(key_S[slot] != 0)
+    return np.int64(taken)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -484,16 +484,16 @@ def _sort(values, begin, end):  # pragma: no cover - compiled
 
 
 @numba.njit(cache=True, nogil=True)
-def _sort_distinct(values, begin, end, bits):  # pragma: no cover - compiled
-    """Sort values begin to end in place, of which no two are alike and all are below 64 len(bits): where they are many
-    beside that, by a bit each, which needs no comparing. bits: uint64, 0, and 0 again after."""
-    if (end - begin) * 4 < len(bits) or end - begin < 4:
+def _sort_distinct(values, begin, end, bits, words):  # pragma: no cover - compiled
+    """Sort values begin to end in place, of which no two are alike and all are below 64 words: where they are many
+    beside that, by a bit each, which needs no comparing. bits: uint64, at least `words`, 0, and 0 again after."""
+    if (end - begin) * 4 < words or end - begin < 4:
         _sort(values, begin, end)
         return
     for place in range(begin, end):
         bits[values[place] >> 6] |= np.uint64(1) << np.uint64(values[place] & 63)
     place = begin
-    for word in range(len(bits)):
+    for word in range(words):
         left = bits[word]
         bits[word] = 0
         while left != 0:
@@ -533,21 +533,26 @@ def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor
     """
     key_S, head_S, next_V, _, taken_L = _scratch(low_U, high_U, longest_list)
     bits = np.zeros((len(next_V) + 63) >> 6, np.uint64)
-    begin_G1C[0, channel], before_H[held + channel] = held, 0
+    begin_G1C[0, channel], before_H[held + channel], touched = held, 0, np.int32(0)
     for user in range(len(first_U1) - 1):
         low, high = low_U[user], high_U[user]
-        if high <= low:
+        if high <= low or first_U1[user] == first_U1[user + 1]:
             begin_G1C[first_U1[user] + 1:first_U1[user + 1] + 1, channel] = held
             continue
-        mask = _look_up_table(row_V, low, high, key_S, head_S, next_V)
+        mask, words = _look_up_table(row_V, low, high, key_S, head_S, next_V), (high - low + 63) >> 6
+        next_begin, next_end = offset_N1[row_G[first_U1[user]]], offset_N1[row_G[first_U1[user]] + 1]
         for group in range(first_U1[user], first_U1[user + 1]):
             if held + high - low > len(view_H):  # an item stands in a list once, so a view is found once at most
                 room = 2 * held + high - low
                 more_H, more_before_H = np.empty(room, np.int32), np.empty(room + begin_G1C.shape[1], np.int64)
                 more_H[:held], more_before_H[:held + channel + 1] = view_H[:held], before_H[:held + channel + 1]
                 view_H, before_H = more_H, more_before_H
-            begin, first = offset_N1[row_G[group]], held
-            for k in range(_taken_slots(key_S, mask, neighbor_L, begin, offset_N1[row_G[group] + 1], taken_L)):
+            begin, end, first = next_begin, next_end, held
+            if group + 1 < len(row_G):  # its list is on its way from memory while this one is looked at
+                next_begin, next_end = offset_N1[row_G[group + 1]], offset_N1[row_G[group + 1] + 1]
+                for place in range(next_begin, next_end, 16):
+                    touched ^= neighbor_L[place]
+            for k in range(_taken_slots(key_S, mask, neighbor_L, begin, end, taken_L)):
                 slot = _slot(key_S, mask, neighbor_L[begin + taken_L[k]])
                 if key_S[slot] == 0:
                     continue
@@ -556,10 +561,12 @@ def _find(row_V, watch_ms_V, low_U, high_U, row_G, first_U1, offset_N1, neighbor
                     view_H[held] = view
                     held += 1
                     view = next_V[view]
-            _sort_distinct(view_H, first, held, bits[:(high - low + 63) >> 6])
+            if held - first > 1:
+                _sort_distinct(view_H, first, held, bits, words)
             for k in range(first, held):
                 before_H[k + channel + 1] = before_H[k + channel] + watch_ms_V[low + view_H[k]]
             begin_G1C[group + 1, channel] = held
+    taken_L[longest_list] = touched  # or the compiler would leave that reading out
     return view_H, before_H, held
 
 

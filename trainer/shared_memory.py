@@ -5,15 +5,17 @@ four copies a collective: half a millisecond for a few bytes and one and a half 
 takes a tenth (docs/experiments.md). A step has eight of them. Here a worker lays its part into memory that the others
 have mapped and rings a bell, a message on a Unix socket:
 
-    slot = number of the exchange mod 4     one anonymous file (memfd) a worker and slot, grown as it is needed
-    bell = (number, offset, bytes)          and the file, where it is new
+    slot = number of the exchange mod 4       one anonymous file (memfd) a worker and slot, grown as it is needed
+    bell = (number, what, offset, bytes)      and the file, where it is new
 
-Nothing has a name once all are joined, so nothing is left by processes that are killed; a worker that dies closes its
-sockets, and the others hear of it at once. Sums are made in the order of ranks, the same bits on all.
+Nothing has a name once all are joined, so nothing is left by processes that are killed. A worker that dies, or whose
+group fails, closes its sockets, and the others hear of it at once. Sums are made in the order of ranks, the same bits
+on all. Each bell says which collective it is of and which type, so workers that do not call the same one all fail.
 
 A slot is laid out anew four exchanges later. Before exchange k a worker finishes its own up to k - 2, for which all the
 others must have begun k - 2, so they are done with k - 4. Who may wait for whom never turns into a circle: beginning an
-exchange waits for earlier ones only, and these every worker begins first.
+exchange waits for earlier ones only, and these every worker begins first. So beginning one may wait, also where the
+caller asked not to: who mixes these with messages to single ranks has to begin the latter first.
 
 All-to-all, all-gather, reduce-scatter, sums and barriers go this way; the rest (objects, other reductions) is gloo's,
 and everything is where the workers do not share a host: `register` names the backend, and a group finds out by itself.
@@ -24,8 +26,10 @@ Shape suffixes: W = workers.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
+import select
 import socket
 import struct
 import tempfile
@@ -48,7 +52,7 @@ LARGE_SUM_BYTES = 1 << 24
 """Longer sums go piece by piece, so that memory shared does not grow with the model."""
 _LEAST_BYTES = 1 << 16
 _ALIGN = 64  # of pieces in a slot, so that any type may be read there
-_BELL = struct.Struct("<QQQ")
+_BELL = struct.Struct("<Q16sQQ")
 _RANK = struct.Struct("<Q")
 
 
@@ -80,19 +84,23 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def all_to_all_single(self, output: Tensor, input: Tensor, output_splits: Sequence[int],  # noqa: A002
                           input_splits: Sequence[int], opts: Any = None) -> dist.Work:
         """Rows of `input` to each rank, rows from each into `output`. Without splits all ranks get as many."""
+        _check_types(output, input)
         pieces = _split(input, input_splits, self._ranks)
-        return self._place(_split(output, output_splits, self._ranks), pieces)
+        return self._place("to", output.dtype, _split(output, output_splits, self._ranks), pieces)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:  # noqa: A002
         """`input` of all ranks in rank order into `output`."""
-        return self._place(_split(output, (), self._ranks), [_as_bytes(input)] * self._ranks)
+        _check_types(output, input, output.numel() == self._ranks * input.numel())
+        return self._place("gather", output.dtype, _split(output, (), self._ranks), [_as_bytes(input)] * self._ranks)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:  # noqa: A002
         """The sum over ranks of each rank's share of `input` into its `output`."""
         if opts.reduceOp != dist.ReduceOp.SUM:
             return self._gloo._reduce_scatter_base(output, input, opts)
+        _check_types(output, input, self._ranks * output.numel() == input.numel())
         mine, pieces = _flat(output), _split(input, (), self._ranks)
-        return self._begin(pieces, lambda parts_W: _add_up(mine, parts_W), own=pieces[self._me].clone())
+        return self._begin("scatter", mine.dtype, pieces, lambda parts_W: _add_up(mine, parts_W),
+                           own=pieces[self._me].clone())
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any) -> dist.Work:
         """The sum over ranks, in place."""
@@ -112,15 +120,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> dist.Work:
         """Returns once all ranks have begun it, and waits on the way: who calls it without asking waits, too."""
         nothing = torch.empty(0, dtype=torch.uint8)
-        work = self._begin([nothing] * self._ranks, lambda parts_W: None, nothing)
+        work = self._begin("barrier", nothing.dtype, [nothing] * self._ranks, lambda parts_W: None, nothing)
         work.wait()
         return work
 
     def shutdown(self) -> None:
         """Closes the bells: a rank that still waits for this one fails."""
-        self._failed = self._failed or "the process group was shut down"
-        for bell in self._bells.values():
-            bell.close()
+        self._broken("it was shut down")
         self._memory.clear()
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's
@@ -130,35 +136,47 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Of a short tensor each rank makes it whole; of a long one its share, which the others then take."""
         if flat.numel() * flat.element_size() <= SMALL_SUM_BYTES:
             whole = _as_bytes(flat)
-            return self._begin([whole] * self._ranks, lambda parts_W: _add_up(flat, parts_W), own=whole.clone())
+            return self._begin("sum", flat.dtype, [whole] * self._ranks, lambda parts_W: _add_up(flat, parts_W),
+                               own=whole.clone())
         share = -(-flat.numel() // self._ranks)
         shares = [flat[share * rank : share * (rank + 1)] for rank in range(self._ranks)]
         mine, pieces = shares[self._me], [_as_bytes(part) for part in shares]
-        self._begin(pieces, lambda parts_W: _add_up(mine, parts_W), own=pieces[self._me].clone()).wait()
-        return self._place(pieces, [pieces[self._me]] * self._ranks)
+        self._begin("shares", flat.dtype, pieces, lambda parts_W: _add_up(mine, parts_W),
+                    own=pieces[self._me].clone()).wait()
+        return self._place("sums", flat.dtype, pieces, [pieces[self._me]] * self._ranks)
 
-    def _place(self, outputs_W: list[Tensor], pieces_W: list[Tensor]) -> dist.Work:
+    def _place(self, what: str, dtype: torch.dtype, outputs_W: list[Tensor], pieces_W: list[Tensor]) -> dist.Work:
         """Each rank's piece to where it goes; the own one at once."""
         own = pieces_W[self._me]
 
         def take(parts_W: list[Tensor]) -> None:
             for rank, (mine, part) in enumerate(zip(outputs_W, parts_W, strict=True)):
                 if len(mine) != len(part):
-                    raise self._broken(f"rank {rank} sends {len(part):,} bytes, {len(mine):,} are expected of it")
+                    raise ValueError(f"rank {rank} sends {len(part):,} bytes, {len(mine):,} are expected of it")
                 if rank != self._me:
                     mine.copy_(part)
 
         if len(own) == len(outputs_W[self._me]):
             outputs_W[self._me].copy_(own)
-        return self._begin(pieces_W, take, own)
+        return self._begin(what, dtype, pieces_W, take, own)
 
-    def _begin(self, pieces_W: list[Tensor], take: Callable[[list[Tensor]], None], own: Tensor) -> dist.Work:
+    def _begin(self, what: str, dtype: torch.dtype, pieces_W: list[Tensor], take: Callable[[list[Tensor]], None],
+               own: Tensor) -> dist.Work:
         """Lays the other ranks' pieces into this exchange's slot and rings. `take` gets the pieces that the ranks have
         for this one, `own` among them, once all have rung."""
         if self._failed:
             raise dist.DistNetworkError(self._failed)
         number, self._begun = self._begun, self._begun + 1
         self._finish(number - 2)
+        exchange = _Exchange(self, number, f"{what} {str(dtype)[6:]}".encode()[:16], take, own)
+        try:
+            self._lay_out(exchange, pieces_W)
+        except OSError as error:
+            raise self._broken(f"no memory or file for what it sends ({error.strerror})") from error
+        self._pending.append(exchange)
+        return exchange
+
+    def _lay_out(self, exchange: _Exchange, pieces_W: list[Tensor]) -> None:
         laid, end = {}, 0  # one piece may be for all
         for rank in self._bells:
             piece = pieces_W[rank]
@@ -166,19 +184,16 @@ class SharedMemoryGroup(dist.ProcessGroup):
                 laid[id(piece)] = end, piece
                 end += -(-len(piece) // _ALIGN) * _ALIGN
         self._limit()
-        memory, new = self._room(number % SLOTS, end)
+        memory, new = self._room(exchange.number % SLOTS, end)
         for offset, piece in laid.values():
             memory[offset : offset + len(piece)].copy_(piece)
         try:
             for rank, bell in self._bells.items():
                 piece = pieces_W[rank]
-                self._ring(rank, bell, _BELL.pack(number, laid[id(piece)][0], len(piece)), new)
+                self._ring(rank, bell, _BELL.pack(exchange.number, exchange.what, laid[id(piece)][0], len(piece)), new)
         finally:
             if new is not None:
                 os.close(new)
-        exchange = _Exchange(self, number, take, own)
-        self._pending.append(exchange)
-        return exchange
 
     def _finish(self, last: int) -> None:
         """Takes what belongs to the exchanges up to this one."""
@@ -186,9 +201,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
             if self._failed:
                 raise dist.DistNetworkError(self._failed)
             exchange = self._pending[0]
-            parts_W = [exchange.own if rank == self._me else self._hear(rank, exchange.number)
-                       for rank in range(self._ranks)]
-            exchange.take(parts_W)
+            parts_W = [exchange.own if rank == self._me else self._hear(rank, exchange) for rank in range(self._ranks)]
+            try:
+                exchange.take(parts_W)
+            except ValueError as error:
+                raise self._broken(str(error)) from None
             self._pending.popleft()
 
     def _room(self, slot: int, size: int) -> tuple[Tensor, int | None]:
@@ -196,7 +213,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         memory = self._memory.get((self._me, slot))
         if memory is not None and len(memory) >= size:
             return memory, None
-        size = max(_LEAST_BYTES, 1 << (size - 1).bit_length()) if size else _LEAST_BYTES
+        size = -(-(size + size // 4) // _LEAST_BYTES) * _LEAST_BYTES or _LEAST_BYTES
         file = os.memfd_create(f"watchtower-slot-{slot}")
         try:
             os.ftruncate(file, size)
@@ -217,25 +234,39 @@ class SharedMemoryGroup(dist.ProcessGroup):
         except OSError as error:
             raise self._broken(f"rank {rank} is gone ({error.strerror})") from None
 
-    def _hear(self, rank: int, number: int) -> Tensor:
+    def _hear(self, rank: int, exchange: _Exchange) -> Tensor:
         """Waits for the rank's bell; what it laid out for this one."""
         try:
-            message, files, _, _ = socket.recv_fds(self._bells[rank], _BELL.size, 1)
+            message, files, flags, _ = socket.recv_fds(self._bells[rank], _BELL.size, 1)
         except TimeoutError:
             raise self._broken(f"rank {rank} has not come to the collective for {self._timeout_s:g} s") from None
         except OSError as error:
             raise self._broken(f"rank {rank} is gone ({error.strerror})") from None
-        if not message:
-            raise self._broken(f"rank {rank} is gone (it closed its socket)")
-        told, offset, size = _BELL.unpack(message)
+        slot = rank, exchange.number % SLOTS
         for file in files:
             try:
-                self._memory[rank, number % SLOTS] = _mapped(file)
+                self._memory[slot] = _mapped(file)
+            except OSError as error:
+                raise self._broken(f"memory of rank {rank} cannot be mapped ({error.strerror})") from None
             finally:
                 os.close(file)
-        if told != number:
-            raise self._broken(f"rank {rank} is at its collective {told}, this one at {number}")
-        return self._memory[rank, number % SLOTS][offset : offset + size]
+        if not message:
+            raise self._broken(f"rank {rank} is gone (it closed its socket)")
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):  # the kernel had no number for the file
+            raise self._broken(f"no open file is left for memory of rank {rank}; raise ulimit -n")
+        number, what, offset, size = _BELL.unpack(message)
+        what = what.rstrip(b"\0")
+        if (number, what) != (exchange.number, exchange.what):
+            raise self._broken(f"rank {rank} is at its collective {number} ({what.decode()}), this one at "
+                               f"{exchange.number} ({exchange.what.decode()})")
+        if offset + size > len(self._memory.get(slot, ())):
+            raise self._broken(f"rank {rank} tells of memory that it never handed over")
+        return self._memory[slot][offset : offset + size]
+
+    def _has_rung(self) -> bool:
+        """Whether every other rank has; of what is pending first."""
+        ready, _, _ = select.select(list(self._bells.values()), [], [], 0)
+        return len(ready) == len(self._bells)
 
     @property
     def _timeout_s(self) -> float:
@@ -249,13 +280,15 @@ class SharedMemoryGroup(dist.ProcessGroup):
                 bell.settimeout(seconds)
 
     def _broken(self, why: str) -> Exception:
-        """The error to raise; no collective of this group works after."""
-        self._failed = f"collective of rank {self._me} of {self._ranks}: {why}"
+        """The error to raise; no collective of this group works after, here or on the others, who hear of it."""
+        self._failed = self._failed or f"collective of rank {self._me} of {self._ranks}: {why}"
+        for bell in self._bells.values():
+            bell.close()
         return dist.DistNetworkError(self._failed)
 
     def _done(self) -> dist.Work:
         """Of what has already ended."""
-        return _Exchange(self, -1, lambda parts_W: None, torch.empty(0, dtype=torch.uint8))
+        return _Exchange(self, -1, b"", lambda parts_W: None, torch.empty(0, dtype=torch.uint8))
 
     # The names that torch asks by up to 2.12.
     alltoall_base, _allgather_base, _reduce_scatter_base = all_to_all_single, all_gather_single, reduce_scatter_single
@@ -271,7 +304,7 @@ def _by_gloo(name: str) -> Callable[..., dist.Work]:
 
 def _by_nobody(name: str) -> Callable[..., dist.Work]:
     def collective(self: SharedMemoryGroup, *_: Any, **__: Any) -> dist.Work:
-        raise NotImplementedError(f"the {BACKEND} backend has no {name}, as gloo has none")
+        raise NotImplementedError(f"the {BACKEND} backend has no {name}: call them one by one")
 
     collective.__name__ = name
     return collective
@@ -288,11 +321,13 @@ for _name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced", 
 
 
 class _Exchange(dist.Work):
-    """One exchange that has begun. own: this rank's piece for itself."""
+    """One exchange that has begun. what: collective and type, of all ranks the same. own: this rank's piece for itself.
+    """
 
-    def __init__(self, group: SharedMemoryGroup, number: int, take: Callable[[list[Tensor]], None], own: Tensor):
+    def __init__(self, group: SharedMemoryGroup, number: int, what: bytes, take: Callable[[list[Tensor]], None],
+                 own: Tensor):
         super().__init__()
-        self.number, self.take, self.own, self._group = number, take, own, group
+        self.number, self.what, self.take, self.own, self._group = number, what, take, own, group
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         self._group._finish(self.number)
@@ -300,7 +335,11 @@ class _Exchange(dist.Work):
 
     def is_completed(self) -> bool:
         pending = self._group._pending
-        return not pending or pending[0].number > self.number
+        while pending and pending[0].number <= self.number:
+            if not self._group._has_rung():
+                return False
+            self._group._finish(pending[0].number)
+        return True
 
 
 def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
@@ -326,8 +365,10 @@ def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> dict[int
             listener.listen(size)
             place = f"{_host()} {folder}/bell"
         places = told("place", place)
-        if not all(places) or len({place.split()[0] for place in places}) > 1:
+        if len({place.split()[0] for place in places if place}) > 1:
             return None
+        if not all(places):
+            return _over_tcp(rank, "one of them has no socket or memory to share: is the path of TMPDIR long?")
         bells: dict[int, socket.socket] = {}
         with contextlib.ExitStack() as failing:
             try:
@@ -341,15 +382,26 @@ def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> dict[int
             except OSError:  # a container of its own, with a file system of its own
                 reached = "no"
             if "no" in told("reached", reached):
-                return None
+                return _over_tcp(rank, "one of them cannot reach another's socket: do they share their TMPDIR?")
             listener.settimeout(timeout_s)
-            for _ in range(rank + 1, size):
-                bell = failing.enter_context(listener.accept()[0])
-                bell.settimeout(timeout_s)
-                bells[_RANK.unpack(bell.recv(_RANK.size))[0]] = bell
+            while len(bells) < size - 1:
+                try:
+                    bell = failing.enter_context(listener.accept()[0])
+                    bell.settimeout(timeout_s)
+                    message = bell.recv(_RANK.size)
+                except OSError as error:
+                    raise dist.DistNetworkError(f"rank {rank}: a worker has not joined the group ({error})") from None
+                other = _RANK.unpack(message)[0] if len(message) == _RANK.size else size
+                if rank < other < size and other not in bells:  # else it is none of this group
+                    bells[other] = bell
             failing.pop_all()
         told("joined", "yes")  # until all are, the folder stays
         return dict(sorted(bells.items()))
+
+
+def _over_tcp(rank: int, why: str) -> None:
+    if rank == 0:
+        logging.getLogger(__name__).warning("the workers of this host train over TCP, which is slower: %s", why)
 
 
 def _host() -> str:
@@ -361,7 +413,8 @@ def _host() -> str:
 
 def _mapped(file: int) -> Tensor:
     """uint8, the whole file, shared with whoever maps it; it may be closed after."""
-    return torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
+    with torch.inference_mode(False):  # it outlives the mode that it may be made in
+        return torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -369,6 +422,12 @@ def _flat(tensor: Tensor) -> Tensor:
         raise ValueError(f"the {BACKEND} backend takes contiguous tensors on the CPU, not one on {tensor.device} with "
                          f"strides {tensor.stride()}")
     return tensor.detach().view(-1)
+
+
+def _check_types(output: Tensor, input: Tensor, fits: bool = True) -> None:  # noqa: A002
+    if output.dtype != input.dtype or not fits:
+        raise ValueError(f"{tuple(output.shape)} of {output.dtype} cannot take what comes of {tuple(input.shape)} of "
+                         f"{input.dtype} in this collective")
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
@@ -390,6 +449,10 @@ def _split(tensor: Tensor, rows: Sequence[int], ranks: int) -> list[Tensor]:
 
 def _add_up(out: Tensor, parts_W: list[Tensor]) -> None:
     """The sum of the parts in rank order; `out` is none of them."""
+    for rank, part in enumerate(parts_W):
+        if len(part) != out.numel() * out.element_size():
+            raise ValueError(f"rank {rank} adds {len(part):,} bytes, {out.numel() * out.element_size():,} are expected "
+                             "of it")
     first, *more = (part.view(out.dtype) for part in parts_W)
     out.copy_(first)
     for part in more:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
@@ -38,7 +39,8 @@ def worker(settings: dict) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     torch.distributed.all_reduce(torch.ones(1))
-    open(os.path.join(settings["folder"], f"up-{rank}"), "w").close()
+    with open(os.path.join(settings["folder"], f"up-{rank}"), "w") as file:
+        file.write(type(torch.distributed.group.WORLD).__name__)
     while not os.path.exists(os.path.join(settings["folder"], "seen")):
         time.sleep(0.1)
     ray.train.report({"done": True})
@@ -85,7 +87,8 @@ def main(folder: str) -> None:
         with open(token) as file:
             secret = file.read()
         print(json.dumps({"node": gcs, "mode": stat.S_IMODE(os.stat(token).st_mode), "inside": answers,
-                          "cluster": str(cluster), "sockets": sorted(found), "secret": secret}))
+                          "cluster": str(cluster), "sockets": sorted(found), "secret": secret, "groups": [
+                              Path(folder, f"up-{rank}").read_text() for rank in (0, 1)]}))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def test_a_local_ray_listens_on_the_loopback_interface_and_asks_for_its_token(tm
     assert found["mode"] == 0o600 and len(found["secret"]) == 64
     assert found["inside"] == {"another token": False, "no token": False}
     assert found["sockets"]
+    assert found["groups"] == ["SharedMemoryGroup"] * 2  # they exchange through memory, as a run's own workers do
     elsewhere = [(process, address) for process, address in found["sockets"] if address not in LOOPBACK]
     assert not elsewhere
     written = "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())

@@ -3,6 +3,8 @@
 Every rank draws the same random calls, with the inputs of all ranks, so each knows what must come of it.
 """
 
+import contextlib
+import json
 import os
 import time
 
@@ -123,6 +125,24 @@ def well(rank, world, seed):
         inside = torch.ones(3)
         dist.all_reduce(inside, group=part)
         assert inside.tolist() == [world - 1] * 3
+    # What was begun ends while it is asked after, and in whatever mode.
+    with torch.inference_mode():
+        x = torch.ones(70_000)
+        work = dist.all_reduce(x, async_op=True)
+        while not work.is_completed():
+            time.sleep(0.001)
+        assert x.eq(world).all()
+    for _ in range(5):
+        x = torch.ones(70_000)
+        dist.all_reduce(x)
+        assert x.eq(world).all()
+
+    for output, given in ((torch.zeros(2), torch.zeros(2 * world, dtype=torch.int32)),
+                          (torch.zeros(9), torch.zeros(3))):
+        with pytest.raises(ValueError, match="cannot take what comes of"):
+            _named("reduce_scatter")(output, given)
+    with pytest.raises(ValueError, match="cannot take what comes of"):
+        _named("all_gather")(torch.zeros(world + 1), torch.zeros(1))
     with pytest.raises(ValueError, match="contiguous"):
         dist.all_to_all_single(torch.zeros(world, 2), torch.zeros(2, world).t())
     with pytest.raises(ValueError, match=r"3 rows are not as many|of a tensor with 3|rows for"):
@@ -142,8 +162,11 @@ def test_every_collective_is_what_it_means(world, seed):
     assert all(result[2] == results[0][2] for result in results)
 
 
-def badly(rank, world):
-    """What a rank hears when the other sends another length, is late, or is gone."""
+def badly(rank, world, folder):
+    """What a rank hears when the other calls something else, is late, has no file left, or is gone."""
+    import resource
+    import signal
+    import tempfile
     from datetime import timedelta
 
     import torch
@@ -151,6 +174,7 @@ def badly(rank, world):
 
     from trainer.workers import limit_collectives
 
+    tempfile.tempdir = folder
     told = {}
 
     def hear(what, act):
@@ -162,38 +186,86 @@ def badly(rank, world):
             told[what] = str(error)
         told[f"{what}, seconds"] = time.monotonic() - began
 
-    def uneven():
-        size = [3, 4][rank]
-        dist.all_to_all_single(torch.zeros(8), torch.zeros(8), [4, 4], [size, 8 - size], group=groups[0])
+    def group():
+        return dist.new_group(timeout=timedelta(seconds=60))
 
-    groups = [dist.new_group(timeout=timedelta(seconds=60)) for _ in range(3)]
-    hear("uneven", uneven)
-    hear("after it", lambda: dist.all_reduce(torch.zeros(1), group=groups[0]))
+    def uneven(within):
+        size = [3, 4][rank]
+        dist.all_to_all_single(torch.zeros(8), torch.zeros(8), [4, 4], [size, 8 - size], group=within)
+
+    within = group()
+    hear("uneven", lambda: uneven(within))
+    hear("after it", lambda: dist.all_reduce(torch.zeros(1), group=within))
+    within = group()
+    hear("another length", lambda: dist.all_reduce(torch.zeros(3 - 2 * rank), group=within))
+    within = group()
+    hear("another type", lambda: dist.all_reduce(torch.zeros(2, dtype=[torch.int32, torch.float32][rank]),
+                                                 group=within))
+    within = group()
+    calls = [lambda: _named("all_gather")(torch.zeros(2), torch.zeros(1), group=within),
+             lambda: dist.all_reduce(torch.zeros(1), group=within)]
+    hear("another collective", calls[rank])
+
+    # Only one is out of numbers for open files, as the other hands over more memory.
+    within = group()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for _ in range(5):  # what is small has its memory
+        dist.all_reduce(torch.zeros(2), group=within)
     dist.barrier()
-    limit_collectives(1.0)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1.0), groups[1])
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+        full = []
+        with contextlib.suppress(OSError):
+            while True:
+                full.append(os.open("/dev/null", os.O_RDONLY))
+        hear("no file", lambda: dist.all_to_all_single(torch.zeros(200_000), torch.zeros(4), [200_000 - 2, 2], [2, 2],
+                                                       group=within))
+        for file in full:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    else:
+        hear("no file", lambda: dist.all_to_all_single(torch.zeros(4), torch.zeros(200_000), [2, 2],
+                                                       [2, 200_000 - 2], group=within))
+
+    within = group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1.0), within)
     if rank:
         time.sleep(2.5)
-    hear("late", lambda: dist.all_reduce(torch.zeros(1), group=groups[1]))
+    hear("late", lambda: dist.all_reduce(torch.zeros(1), group=within))
     limit_collectives(60.0)
+    within = group()
     dist.barrier()
-    held = sorted(name for name in os.listdir("/tmp") if name.startswith("watchtower-bells-"))
+    held = [name for name in os.listdir(folder) if name.startswith("watchtower")]
     if rank:
+        with open(f"{folder}/told", "w") as file:
+            json.dump(told, file)
         time.sleep(0.5)
-        groups[2].shutdown()  # as the end of its process does
-        return told, held
-    hear("gone", lambda: dist.all_reduce(torch.zeros(1), group=groups[2]))
-    hear("gone, once more", lambda: dist.all_reduce(torch.zeros(1), group=groups[2]))
-    return told, held
+        os.kill(os.getpid(), signal.SIGKILL)
+    hear("gone", lambda: dist.all_reduce(torch.zeros(1), group=within))
+    hear("gone, once more", lambda: dist.all_reduce(torch.zeros(1), group=within))
+    with open(f"{folder}/first", "w") as file:
+        json.dump([told, held], file)
 
 
-def test_what_is_wrong_is_said_and_ends_the_group():
-    (first, held), (second, _) = run_ranks(2, badly, timeout_s=60)
+def test_what_is_wrong_is_said_and_ends_the_group(tmp_path):
+    with pytest.raises(RuntimeError, match="rank 1 of 2: died with exit code -9"):
+        run_ranks(2, badly, str(tmp_path), timeout_s=90)
+    second = json.loads((tmp_path / "told").read_text())
+    first, held = json.loads((tmp_path / "first").read_text())
     assert "rank 0 sends 12 bytes, 16 are expected of it" in first["uneven"]
-    assert "rank 0 sends 20 bytes, 16 are expected of it" in second["uneven"]
+    assert "rank 0 sends 20 bytes, 16 are expected of it" in second["uneven"] or "rank 0 is gone" in second["uneven"]
     assert first["after it"] == first["uneven"]
+    assert "rank 1 adds 4 bytes, 12 are expected of it" in first["another length"] or "gone" in first["another length"]
+    assert "rank 0 adds 12 bytes, 4 are expected" in second["another length"] or "gone" in second["another length"]
+    for what in ("another type", "another collective"):
+        heard = [first[what], second[what]]
+        assert all(one and ("is at its collective 0 (" in one or "is gone" in one) for one in heard), heard
+        assert any("is at its collective 0 (" in one for one in heard), heard
+    assert "no open file is left for memory of rank 0; raise ulimit -n" in second["no file"]
+    assert second["no file, seconds"] < 5
     assert "has not come to the collective for 1 s" in first["late"]
     assert 0.9 < first["late, seconds"] < 2.3
+    assert "rank 0 is gone" in second["late"]  # whose time was over hears so at once, not after its own
     assert "rank 1 is gone" in first["gone"] and 0.3 < first["gone, seconds"] < 5
     assert first["gone, once more"] == first["gone"]
     assert held == []  # nothing has a name

@@ -167,6 +167,13 @@ def test_wrong_overrides(run_file, override, words):
         assert word in lines[0]
 
 
+def test_a_group_of_negatives_has_two_windows(run_file):
+    assert load(run_file(""), ["crm.negative_groups=32"]).crm.negative_groups == 32
+    (line,) = mistakes(run_file(""), "crm.negative_groups=33")
+    assert "negative_groups (33)" in line and "at most half of the 64 windows" in line and line.endswith("32")
+    assert load(run_file(""), ["crm.negative_groups=1", "train.batch_rows=1", "train.workers=1"]).train.batch_rows == 1
+
+
 def test_all_mistakes_at_once_each_with_its_line(run_file):
     path = run_file("train:\n  epoch: 3\n  zero_stage: 9\n"
                     "crm:\n  models:\n    - {name: a}\n    - {nam: b, tower: dnn}\n"

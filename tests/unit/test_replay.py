@@ -175,7 +175,7 @@ def test_views_are_sorted_by_bits_and_by_comparing_alike(drawn):
     span, views, before = drawn
     bits = np.zeros((span + 63) >> 6, np.uint64)
     values = np.array([7] * before + views + [5], np.int32)
-    replay._sort_distinct(values, before, before + len(views), bits)
+    replay._sort_distinct(values, before, before + len(views), bits, len(bits))
     assert values.tolist() == [7] * before + sorted(views) + [5] and not bits.any()
 
 

@@ -82,6 +82,21 @@ def test_the_first_device_has_the_index_and_collects_the_vectors():
     assert [alone.seconds[name] for name in ("all_to_all", "gather", "all_reduce", "latency")] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("groups", "on_a_device", "from_others"), [
+    (1, 1, 15 / 16), (4, 1, 3 / 4), (16, 1, 0), (32, 2, 0), (6, 3, 7 / 8)])
+def test_groups_of_negatives_take_less_room_and_time(groups, on_a_device, from_others):
+    """Device 0 of 16 has rows 0, 16, 32, .. of the batch, and so those groups that have one of these."""
+    assert len({row % groups for row in range(0, 16 * 96, 16)}) == on_a_device
+    whole = size_up(training(items=10**7), TRACE, placed("row_wise", 16))
+    sizing = size_up(training(items=10**7, negative_groups=groups), TRACE, placed("row_wise", 16))
+    targets, logits = 64 * 8, (4 * 8) * (64 * 8 / groups)
+    assert whole.memory["activations"] - sizing.memory["activations"] == pytest.approx(
+        12 * (4 * 8 * targets - logits) + 2 * targets * (1 - on_a_device / groups) * 9 * 4)
+    assert sizing.seconds["gather"] * 15 / 16 == pytest.approx(
+        whole.seconds["gather"] * from_others * on_a_device / groups)
+    assert sizing.seconds["softmax"] == pytest.approx(whole.seconds["softmax"] / groups)
+
+
 @pytest.mark.parametrize("kind", ["dnn", "decision_transformer", "router"])
 def test_a_trace_of_a_few_rows_holds_for_more(kind, monkeypatch):
     config = Config.model_validate({
