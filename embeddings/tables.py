@@ -114,7 +114,7 @@ class ShardedTables(nn.Module):
 
     Args:
         specs: the tables; at least one, distinct names, one dim.
-        device: where this rank's shards live; `cpu` with gloo, `cuda:<i>` with NCCL.
+        device: where this rank's shards live; `cpu`, or `cuda:<i>` with NCCL.
         optimizer: `rowwise_adagrad`, or `sgd` for tests of parity.
         learning_rate: of the fused optimizer; may be changed later through the property.
         seed: with the table's name and the row it decides the initial values, whatever the number of ranks.

@@ -394,7 +394,7 @@ def _import_deepspeed(device: torch.device):
     logger.setLevel(logging.ERROR)
     # It calls collectives by names that torch 2.13 has renamed: one line for every call otherwise.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Its shared-memory collectives would be compiled with g++ for 35 to 86 s at the first start; gloo serves.
+    # Its shared-memory collectives would be compiled with g++ for 35 to 86 s at the first start; the group's own serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False, verbose=False

@@ -292,8 +292,24 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Of what has already ended."""
         return _Exchange(self, -1, b"", lambda parts_W: None, torch.empty(0, dtype=torch.uint8))
 
+    def all_gather_single_coalesced(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+                                    ) -> dist.Work:
+        """`all_gather_single` of each; all are over when the last one is."""
+        works = [self.all_gather_single(*both, opts) for both in zip(outputs, inputs, strict=True)]
+        return works[-1] if works else self._done()
+
+    def reduce_scatter_single_coalesced(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any
+                                        ) -> dist.Work:
+        """`reduce_scatter_single` of each; waits for all but the last, for gloo's are not over in order."""
+        works = [self.reduce_scatter_single(*both, opts) for both in zip(outputs, inputs, strict=True)]
+        for work in works[:-1]:
+            work.wait()
+        return works[-1] if works else self._done()
+
     # The names that torch asks by up to 2.12.
     alltoall_base, _allgather_base, _reduce_scatter_base = all_to_all_single, all_gather_single, reduce_scatter_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
 
 def _by_gloo(name: str) -> Callable[..., dist.Work]:
@@ -304,22 +320,11 @@ def _by_gloo(name: str) -> Callable[..., dist.Work]:
     return collective
 
 
-def _by_nobody(name: str) -> Callable[..., dist.Work]:
-    def collective(self: SharedMemoryGroup, *_: Any, **__: Any) -> dist.Work:
-        raise NotImplementedError(f"the {BACKEND} backend has no {name}: call them one by one")
-
-    collective.__name__ = name
-    return collective
-
-
 # Never what a ProcessGroup inherits: called from Python, that holds the interpreter's lock while it waits for gloo's,
 # and gloo's thread, which frees tensors, waits for the interpreter's while it holds its own.
 for _name in ("allgather", "allgather_coalesced", "allreduce_coalesced", "alltoall", "broadcast", "gather",
               "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send"):
     setattr(SharedMemoryGroup, _name, _by_gloo(_name))
-for _name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced", "reduce_scatter_single_coalesced",
-              "reduce_scatter_tensor_coalesced"):
-    setattr(SharedMemoryGroup, _name, _by_nobody(_name))
 
 
 class _Exchange(dist.Work):

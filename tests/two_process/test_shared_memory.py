@@ -137,6 +137,18 @@ def well(rank, world, seed):
         dist.all_reduce(x)
         assert x.eq(world).all()
 
+    several = [torch.zeros(world * length) for length in (3, 40_000, 1)]
+    with dist._coalescing_manager(group=dist.group.WORLD):
+        for out in several:
+            _named("all_gather")(out, torch.full((len(out) // world,), float(rank)))
+    assert all(torch.equal(out, torch.arange(world).repeat_interleave(len(out) // world).float()) for out in several)
+    for op, sums in ((dist.ReduceOp.SUM, sum(range(world))), (dist.ReduceOp.MAX, world - 1)):
+        several = [torch.zeros(length) for length in (2, 30_000, 5)]
+        with dist._coalescing_manager(group=dist.group.WORLD):
+            for out in several:
+                _named("reduce_scatter")(out, torch.full((world * len(out),), float(rank)), op=op)
+        assert all(out.eq(sums).all() for out in several), op
+
     for output, given in ((torch.zeros(2), torch.zeros(2 * world, dtype=torch.int32)),
                           (torch.zeros(9), torch.zeros(3))):
         with pytest.raises(ValueError, match="cannot take what comes of"):
